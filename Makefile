@@ -1,0 +1,16 @@
+# Every target does its own set-up, once; the commands below also work by hand after `sh scripts/setup.sh dev`.
+.PHONY: demo test lint
+
+demo:
+	@sh scripts/setup.sh
+	.venv/bin/python -m simclr_jax demo --config=configs/demo.py --workdir=runs/demo
+
+# PYTEST_ARGS="-k lars" for a part of the suite.
+test:
+	@sh scripts/setup.sh dev
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint:
+	@sh scripts/setup.sh dev
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .

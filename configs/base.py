@@ -1,0 +1,109 @@
+"""Every key of every experiment, with the values of the reference's own defaults; an experiment changes what it needs.
+
+Keys are independent: what follows from others (steps, peak learning rate) is derived in the code, so that overriding
+one key on the command line never leaves another one stale. Sections of papers: v1 is arXiv 2002.05709, v2 2006.10029.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the unlocked configuration that the experiments start from."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0  # Of parameters, data order and augmentation.
+  c.batch_size = 512  # Images (not views) in a global batch, over all devices.
+  c.total_epochs = 100.0
+  c.total_steps = 0  # Above 0: so many steps in place of total_epochs.
+  c.eval_batch_size = 256  # Over all devices; changes speed only, every example counts once.
+
+  c.data = ml_collections.ConfigDict()
+  c.data.source = "tfds"  # tfds | folder | arrays (an .npz file) | shapes (built in).
+  c.data.name = "cifar10"  # Of the TFDS data set, with /config where it has one.
+  c.data.dir = ""  # TFDS data_dir ("" is its default), the folder of images, or the .npz file.
+  c.data.train_split = "train"  # Sub-splits too: train[:90%].
+  c.data.eval_split = "test"
+  c.data.image_size = 32  # Pixels, what the network sees.
+  c.data.shards = 16  # Parts with an order of their own; hosts divide them, they divide the batch.
+  c.data.shuffle_window = 2048  # Records of a part shuffled together where the data does not fit in memory.
+  c.data.cache = True  # Keep the encoded images in memory; each epoch is then one full permutation of a part.
+  c.data.examples = 0  # Images in a split of the built-in shapes; 0: the source's own number.
+  c.data.max_bad_share = 0.01  # Of the images in a folder that may be corrupt before the run stops.
+
+  c.augment = ml_collections.ConfigDict()
+  c.augment.place = "host"  # tf.data.
+  c.augment.min_area = 0.08  # Of a random crop, as a share of the image.
+  c.augment.max_area = 1.0
+  c.augment.flip = True
+  c.augment.color_strength = 1.0  # v1 appendix A: 1.0 for ImageNet, 0.5 for CIFAR-10.
+  c.augment.brightness = "multiplicative"  # multiplicative (v2) | additive (v1).
+  c.augment.color_probability = 0.8
+  c.augment.grayscale_probability = 0.2
+  c.augment.blur_probability = 0.5  # 0 for CIFAR-10.
+
+  c.model = ml_collections.ConfigDict()
+  c.model.depth = 50  # 10, 18, 34, 50, 101, 152, 200.
+  c.model.width = 1.0
+  c.model.sk_ratio = 0.0  # 0.0625 turns on selective kernels and the ResNet-D stem and shortcuts.
+  c.model.se_ratio = 0.0
+  c.model.small_images = False  # CIFAR stem: 3x3 stride 1, no pooling.
+  c.model.dtype = "float32"  # Of activations: bfloat16 | float32 | float64. Statistics and loss are at least float32.
+  c.model.param_dtype = "float32"
+
+  c.head = ml_collections.ConfigDict()
+  c.head.layers = 3  # Of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2.
+  c.head.out_dim = 128
+  c.head.online = True  # Train a linear classifier beside it, behind stop_gradient, where the images have labels.
+
+  c.loss = ml_collections.ConfigDict()
+  c.loss.temperature = 0.1
+  c.loss.normalize = True  # L2-normalise the embeddings.
+  c.loss.scale = 2.0  # Times the paper's mean over 2N; the reference sums two means over N. Metrics log the paper's.
+
+  c.optimizer = optimizer(name="lars", base_learning_rate=0.3, warmup_epochs=10.0, weight_decay=1e-6)
+
+  c.log_every_steps = 50
+  c.evaluate_every_epochs = 10.0  # Accuracy of the online linear head on eval_split; 0: at the end only.
+  c.checkpoint_every_epochs = 1.0
+  c.checkpoint_every_steps = 0  # Above 0: in place of checkpoint_every_epochs.
+  c.keep_checkpoints = 3  # The latest so many stay.
+  c.keep_every_epochs = 0.0  # Checkpoints at multiples of this stay for good; 0 for none.
+
+  c.checkpoint = ""  # What linear_eval and finetune start from: a run's workdir, or a folder in its checkpoints.
+  c.linear_eval = recipe(
+    # v1 appendix B.6: Nesterov momentum, 0.1 for each 256 images, no warm-up, no weight decay, crop and flip.
+    optimizer=optimizer(name="momentum", base_learning_rate=0.1, warmup_epochs=0.0, weight_decay=0.0),
+    batch_size=512,
+    total_epochs=100.0,
+  )
+  c.finetune = recipe(
+    # v1 appendix B.5; from scratch (no checkpoint) it is the supervised baseline.
+    optimizer=optimizer(name="momentum", base_learning_rate=0.05, warmup_epochs=0.0, weight_decay=0.0),
+    batch_size=512,
+    total_epochs=60.0,
+  )
+  return c
+
+
+def optimizer(*, name: str, base_learning_rate: float, warmup_epochs: float, weight_decay: float):
+  """Returns the keys of an optimizer and its schedule."""
+  c = ml_collections.ConfigDict()
+  c.name = name  # lars | momentum (Nesterov) | adam.
+  c.base_learning_rate = base_learning_rate
+  c.scaling = "linear"  # linear: base * batch_size / 256. sqrt: base * sqrt(batch_size).
+  c.warmup_epochs = warmup_epochs
+  c.momentum = 0.9
+  c.weight_decay = weight_decay
+  c.trust_coefficient = 0.001  # LARS only.
+  return c
+
+
+def recipe(*, optimizer, batch_size: int, total_epochs: float):
+  """Returns the keys of a job that trains a classifier on the encoder."""
+  c = ml_collections.ConfigDict()
+  c.optimizer = optimizer
+  c.batch_size = batch_size
+  c.total_epochs = total_epochs
+  c.min_area = 0.08  # Of the random crop.
+  c.zero_init = True  # Of the classifier.
+  c.evaluate_every_epochs = 0.0  # On eval_split while training; 0: at the end only.
+  return c

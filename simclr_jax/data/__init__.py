@@ -1,0 +1,1 @@
+"""Data: sources of images, the order of batches, augmentation."""

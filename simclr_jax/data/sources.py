@@ -1,0 +1,414 @@
+"""Where images come from: TensorFlow Datasets, a folder of files, arrays, or the built-in shapes."""
+
+import dataclasses
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from simclr_jax import errors
+
+tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+
+SOURCES = ("tfds", "folder", "arrays", "shapes")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "validation": ("validation", "val", "valid")}
+
+log = logging.getLogger("simclr_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """`take` consecutive records of a TFRecord file, after the first `skip`."""
+
+  file: str
+  skip: int
+  take: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """One split of images.
+
+  Attributes:
+    name: for messages.
+    num_examples: of the split.
+    num_classes: 0 without labels.
+    class_names: one for each class.
+    decode: a stored example (TensorFlow) to (image u8[H, W, 3], label i32[], -1 if it has none).
+    examples: tensors whose row i is stored example i; None when the examples stay in `pieces`.
+    pieces: of TFRecord files whose records, one after the other, are the stored examples.
+  """
+
+  name: str
+  num_examples: int
+  num_classes: int
+  class_names: tuple[str, ...]
+  decode: Callable
+  examples: tuple[tf.Tensor, ...] | None = None
+  pieces: tuple[Piece, ...] = ()
+
+
+def load(
+  source: str,
+  *,
+  split: str,
+  name: str = "",
+  data_dir: str = "",
+  image_size: int = 32,
+  cache: bool = False,
+  max_bad_share: float = 0.01,
+  num_examples: int = 0,
+  seed: int = 0,
+) -> Source:
+  """Returns one split of a source.
+
+  Args:
+    source: "tfds", "folder", "arrays" or "shapes".
+    split: its name; for TFDS also a part of one, as "train[:90%]".
+    name: of the TFDS data set, as "imagenet2012_subset/1pct".
+    data_dir: TFDS folder, image folder or .npz file.
+    image_size: of the shapes.
+    cache: whether the encoded images of TFDS or of a folder are kept in memory.
+    max_bad_share: of the images of a folder that may be unreadable.
+    num_examples, seed: of the shapes.
+  """
+  if source == "tfds":
+    return _tfds(name, split, data_dir, cache)
+  if source == "folder":
+    return _folder(data_dir, split, cache, max_bad_share)
+  if source == "arrays":
+    return _npz(data_dir, split)
+  if source == "shapes":
+    return _shapes(split, num_examples, image_size, seed)
+  raise errors.UserError(
+    f'unknown data source "{source}"; use one of {", ".join(SOURCES)}{errors.nearest(source, SOURCES)}'
+  )
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "arrays") -> Source:
+  """Returns a split of arrays in memory.
+
+  Args:
+    arrays: for each split S either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets`
+      int[N + 1], where bytes[offsets[i] : offsets[i + 1]] is the encoded image i; if there are any,
+      `S_labels` int[N] and `class_names`.
+    split: which S.
+    name: for messages.
+  """
+  splits = sorted({key.rsplit("_", 1)[0] for key in arrays if key.endswith(("_images", "_bytes"))})
+  if split not in splits:
+    raise errors.UserError(
+      f'{name} has no split "{split}" (no arrays {split}_images or {split}_bytes and {split}_offsets); '
+      f"its splits: {', '.join(splits) or 'none'}{errors.nearest(split, splits)}"
+    )
+  if f"{split}_images" in arrays:
+    images = np.asarray(arrays[f"{split}_images"])
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+      raise errors.UserError(
+        f"{split}_images of {name} is {images.dtype}{list(images.shape)}; convert it to uint8[N, H, W, 3]."
+      )
+    decode = lambda image, label: (image, label)
+  else:
+    images = _encoded(arrays, split, name)
+    decode = lambda encoded, label: (decode_image(encoded), label)
+  labels, num_classes = _labels_of(arrays, split, len(images), name)
+  names = tuple(str(n) for n in arrays.get("class_names", range(num_classes)))
+  if num_classes and len(names) != num_classes:
+    raise errors.UserError(
+      f"{name} has {len(names)} class_names and labels up to {num_classes - 1}; give one name a class."
+    )
+  return Source(
+    f"{name} ({split})",
+    num_examples=len(images),
+    num_classes=num_classes,
+    class_names=names[:num_classes],
+    decode=decode,
+    examples=_on_host(images, labels),
+  )
+
+
+def decode_image(encoded):
+  """Returns u8[H, W, 3] for the bytes of a JPEG, PNG, BMP, GIF (its first frame) or WebP image."""
+  return tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3])
+
+
+def _npz(path, split):
+  if not os.path.isfile(path):
+    raise errors.UserError(f'no file "{path}" for the source arrays; set data_dir to an .npz file.')
+  try:
+    file = np.load(path)
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    raise errors.UserError(f'"{path}" is no .npz file ({error}); write it with np.savez.') from error
+  if not isinstance(file, Mapping):
+    raise errors.UserError(f'"{path}" holds one array, wanted several by name; write it with np.savez.')
+  with file:
+    return from_arrays(file, split, name=os.path.basename(path))
+
+
+def _encoded(arrays, split, name):
+  """Returns bytes objects [N] for encoded images that lie one after the other."""
+  if f"{split}_offsets" not in arrays:
+    raise errors.UserError(f"{name} has {split}_bytes but no {split}_offsets; add them, int[N + 1].")
+  data = np.asarray(arrays[f"{split}_bytes"], np.uint8)
+  offsets = np.asarray(arrays[f"{split}_offsets"], np.int64)
+  if (
+    offsets.ndim != 1
+    or len(offsets) < 1
+    or np.any(np.diff(offsets) <= 0)
+    or offsets[0] < 0
+    or offsets[-1] > len(data)
+  ):
+    raise errors.UserError(
+      f"{split}_offsets of {name} do not cut its {len(data)} bytes; wanted int[N + 1], rising."
+    )
+  return np.array([data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)], object)
+
+
+def _labels_of(arrays, split, count, name):
+  """Returns (i32[count], number of classes over all splits), or (-1s, 0) where the split has no labels."""
+  if f"{split}_labels" not in arrays:
+    return np.full(count, -1, np.int32), 0
+  labels = np.asarray(arrays[f"{split}_labels"])
+  if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+    raise errors.UserError(
+      f"{split}_labels of {name} is {labels.dtype}{list(labels.shape)}, wanted int[{count}]; "
+      "give each image one."
+    )
+  every = [np.asarray(arrays[key]) for key in arrays if key.endswith("_labels")]
+  return labels.astype(np.int32), max((int(labels.max()) + 1 for labels in every if labels.size), default=0)
+
+
+def _shapes(split, num_examples, image_size, seed):
+  from simclr_jax.data import shapes
+
+  if num_examples < 1:
+    raise errors.UserError(f"{num_examples} shapes asked for; set the number of examples to at least 1.")
+  if split not in shapes.SPLITS:
+    raise errors.UserError(
+      f'the shapes have no split "{split}"; their splits: {", ".join(shapes.SPLITS)}'
+      f"{errors.nearest(split, shapes.SPLITS)}"
+    )
+  images, labels = shapes.draw(split, num_examples, image_size, seed)
+  names = np.array(shapes.CLASS_NAMES)
+  return from_arrays(
+    {f"{split}_images": images, f"{split}_labels": labels, "class_names": names}, split, name="shapes"
+  )
+
+
+def _on_host(*arrays):
+  with tf.device("CPU"):
+    return tuple(tf.constant(array) for array in arrays)
+
+
+# TensorFlow Datasets.
+
+
+def _tfds(name, split, data_dir, cache):
+  builder = _builder(name, data_dir)
+  where = f"{builder.info.full_name} in {builder.data_dir}"
+  features = builder.info.features
+  kinds = dict(features.items())
+  import tensorflow_datasets as tfds
+
+  if not isinstance(kinds.get("image"), tfds.features.Image):
+    raise errors.UserError(f'{where} has no feature "image"; its features: {", ".join(kinds)}.')
+  if builder.info.file_format.value != "tfrecord":
+    raise errors.UserError(f"{where} is stored as {builder.info.file_format.value}; prepare it as tfrecord.")
+  try:
+    info = builder.info.splits[split]
+    pieces = tuple(
+      Piece(
+        str(file.filename), file.skip, file.take if file.take >= 0 else file.examples_in_shard - file.skip
+      )
+      for file in info.file_instructions
+    )
+    if not pieces or any(piece.take <= 0 for piece in pieces):
+      raise ValueError("it holds no example")
+  except (ValueError, KeyError) as error:
+    known = list(builder.info.splits)
+    raise errors.UserError(
+      f'cannot take split "{split}" of {where}: {str(error).splitlines()[0]}; '
+      f"its splits: {', '.join(known)}, and parts as train[:90%]{errors.nearest(split, known)}"
+    ) from error
+
+  label = kinds.get("label")
+  labelled = isinstance(label, tfds.features.ClassLabel)
+
+  def decode(record):
+    example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
+    return decode_image(example["image"]), tf.cast(example["label"], tf.int32) if labelled else tf.constant(
+      -1
+    )
+
+  return Source(
+    f"{builder.info.full_name} ({split})",
+    num_examples=sum(piece.take for piece in pieces),
+    num_classes=label.num_classes if labelled else 0,
+    class_names=tuple(label.names) if labelled else (),
+    decode=decode,
+    examples=(_all_rows(records(pieces)),) if cache else None,
+    pieces=() if cache else pieces,
+  )
+
+
+def cut(pieces: Sequence[Piece], begin: int, end: int) -> list[Piece]:
+  """Returns the pieces that hold the records `begin` to `end` of `pieces`."""
+  found, first = [], 0
+  for piece in pieces:
+    low, high = max(begin, first), min(end, first + piece.take)
+    if low < high:
+      found.append(Piece(piece.file, piece.skip + low - first, high - low))
+    first += piece.take
+  return found
+
+
+def records(pieces: Sequence[Piece]) -> tf.data.Dataset:
+  """Returns the stream of the records of `pieces`, one after the other."""
+  return records_of(
+    np.array([piece.file for piece in pieces], np.str_),
+    np.array([piece.skip for piece in pieces], np.int64),
+    np.array([piece.take for piece in pieces], np.int64),
+  )
+
+
+def records_of(files, skips, takes) -> tf.data.Dataset:
+  """Returns the stream of `takes[i]` records of `files[i]` after the first `skips[i]`, for each i in turn."""
+  pieces = tf.data.Dataset.from_tensor_slices((files, skips, takes))
+  stream = pieces.flat_map(lambda file, skip, take: tf.data.TFRecordDataset(file).skip(skip).take(take))
+  # A file that holds fewer records than its data set says is an error, not a shorter epoch.
+  return stream.apply(tf.data.experimental.assert_cardinality(tf.reduce_sum(takes)))
+
+
+def _all_rows(dataset):
+  """Returns all elements of a finite dataset in one tensor, with a leading axis."""
+  return tf.concat(list(dataset.batch(4096)), 0)
+
+
+def _builder(name, data_dir):
+  """Returns the TFDS builder of a data set that is prepared on disk."""
+  import tensorflow_datasets as tfds
+
+  place = f' in "{data_dir}"' if data_dir else ""
+  if data_dir and not tf.io.gfile.isdir(data_dir):
+    raise errors.UserError(
+      f'no folder "{data_dir}"; set data_dir to the folder that holds the TFDS data sets.'
+    )
+  try:
+    builder = tfds.builder(name, data_dir=data_dir or None)
+  except tfds.core.DatasetNotFoundError as error:
+    known = {*tfds.list_builders(), *(tf.io.gfile.listdir(data_dir) if data_dir else ())}
+    raise errors.UserError(
+      f'unknown TFDS data set "{name}"{place}; see https://www.tensorflow.org/datasets/catalog'
+      f"{errors.nearest(name.split('/')[0], (entry.rstrip('/') for entry in known))}"
+    ) from error
+  except (ValueError, AssertionError) as error:
+    reason = " ".join(str(error).rsplit('": ', 1)[-1].splitlines()[:3])
+    raise errors.UserError(f'cannot open TFDS data set "{name}"{place}: {reason}') from error
+  if not builder.info.splits:
+    command = f"tfds build {name}" + (f" --data_dir={data_dir}" if data_dir else "")
+    raise errors.UserError(f'TFDS data set "{name}" is not prepared{place}; prepare it with: {command}')
+  return builder
+
+
+# A folder of images.
+
+
+def _folder(root, split, cache, max_bad_share):
+  if not root or not tf.io.gfile.isdir(root):
+    raise errors.UserError(f'no folder "{root}"; set data_dir to the folder that holds the images.')
+  files, others = _image_files(root)
+  if not files:
+    raise errors.UserError(
+      f'no image in folder "{root}"; put files there that end in {", ".join(IMAGE_ENDINGS)}.'
+    )
+  if others:
+    log.info("%s: %d files that are no images are ignored.", root, others)
+  paths, kinds, class_names = _choose(root, split, files)
+  good = _readable(root, paths, max_bad_share)
+  log.info("%s: split %s has %d images in %d classes.", root, split, len(good), len(class_names))
+  class_of = {class_name: number for number, class_name in enumerate(class_names)}
+  labels = np.array([class_of.get(kinds[number], -1) for number in good], np.int32)
+  stored, labels = _on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels)
+  read = tf.io.read_file
+  if cache:
+    stored, read = _all_rows(tf.data.Dataset.from_tensor_slices(stored).map(read)), tf.identity
+  return Source(
+    f"{root} ({split})",
+    num_examples=len(good),
+    num_classes=len(class_names),
+    class_names=class_names,
+    decode=lambda path, label: (decode_image(read(path)), label),
+    examples=(stored, labels),
+  )
+
+
+def _image_files(root):
+  """Returns the sorted paths, relative to `root`, of the images under it, and the number of other files."""
+  images, others = [], 0
+  for folder, _, names in tf.io.gfile.walk(root):
+    for name in names:
+      path = os.path.relpath(os.path.join(folder, name), root)
+      hidden = any(part.startswith(".") for part in path.split(os.sep))
+      if hidden or not name.lower().endswith(IMAGE_ENDINGS):
+        others += 1
+      else:
+        images.append(path)
+  return sorted(images), others
+
+
+def _choose(root, split, files):
+  """Returns the images of one split: their paths, the class (or "") of each, and the names of all classes.
+
+  The classes are those of all splits together, so that every split numbers them alike.
+  """
+  parts = [path.split(os.sep) for path in files]
+  tops = {names[0] for names in parts if len(names) > 1}
+  splits = {name: top for name, known in SPLIT_FOLDERS.items() for top in sorted(tops) if top in known}
+  # A class may be called "train": folders of splits come in numbers, or alone.
+  if len(splits) < 2 and tops - set(splits.values()):
+    splits = {}
+  wanted = next((name for name, known in SPLIT_FOLDERS.items() if split in known), split)
+  if wanted not in (splits or ("train",)):
+    known = list(splits.values()) or ["train"]
+    raise errors.UserError(
+      f'folder "{root}" has no split "{split}"; its splits: {", ".join(known)}; '
+      f"put the images of a split into a sub-folder of that name{errors.nearest(split, known)}"
+    )
+  depth = 1 if splits else 0
+  used = [names for names in parts if not splits or names[0] in splits.values()]
+  if len(used) < len(files):
+    log.warning("%s: %d images outside the folders of splits are not used.", root, len(files) - len(used))
+  loose = sum(len(names) == depth + 1 for names in used)
+  if 0 < loose < len(used):
+    log.warning("%s: %d images are in no class folder, so no image has a label.", root, loose)
+  class_names = () if loose else tuple(sorted({names[depth] for names in used}))
+  chosen = [names for names in used if not splits or names[0] == splits[wanted]]
+  kinds = [names[depth] if class_names else "" for names in chosen]
+  return [os.path.join(*names) for names in chosen], kinds, class_names
+
+
+def _readable(root, paths, max_bad_share):
+  """Returns which of `paths` are images that decode; others are named in the log, too many stop the run."""
+
+  def size(number, path):
+    return number, tf.shape(decode_image(tf.io.read_file(path)))
+
+  (names,) = _on_host(np.array([os.path.join(root, path) for path in paths]))
+  numbered = tf.data.Dataset.from_tensor_slices(names).enumerate()
+  decoded = numbered.map(size, num_parallel_calls=os.cpu_count()).ignore_errors().batch(1024)
+  good = sorted(number for numbers, _ in decoded.as_numpy_iterator() for number in numbers.tolist())
+  bad = sorted(set(range(len(paths))) - set(good))
+  if len(bad) > max_bad_share * len(paths) or not good:
+    raise errors.UserError(
+      f'{len(bad)} of {len(paths)} images in "{root}" cannot be read (first: {paths[bad[0]]}), more than the '
+      f"allowed share of {max_bad_share}; repair or remove them, or raise max_bad_share."
+    )
+  if bad:
+    log.warning("%s: %d of %d images cannot be read and are left out:", root, len(bad), len(paths))
+  for number in bad:
+    log.warning("  left out: %s", paths[number])
+  return good

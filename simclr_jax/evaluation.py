@@ -1,0 +1,96 @@
+"""Evaluation of a split, each example exactly once: features, accuracies, linear probes of cached features."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from sklearn import linear_model, pipeline, preprocessing
+
+from simclr_jax import sharding
+
+
+def features(
+  encode: Callable[[jax.Array], jax.Array], batches: Iterable[dict[str, np.ndarray]], mesh: jax.sharding.Mesh
+) -> dict[str, np.ndarray]:
+  """Returns what `encode` makes of each example, in the order of the split.
+
+  Args:
+    encode: jitted, f32[B, H, W, 3] -> f32[B, D], sharded over the mesh as its input is.
+    batches: this process's rows: `image`, `label`, `index`, `mask` (0 marks padding).
+    mesh: where the batches go.
+
+  Returns:
+    `features` f32[N, D], `label` i32[N], `index` i64[N], on every process.
+  """
+  parts = []
+  for rows in batches:
+    batch = sharding.global_batch(mesh, {"image": rows["image"]})
+    local = {k: rows[k] for k in ("label", "index", "mask")}
+    # Only this process's rows come to the host; all processes' rows meet once, at the end.
+    local["features"] = np.concatenate([np.asarray(s.data) for s in _shards(encode(batch["image"]))])
+    parts.append(local)
+  table = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+  if jax.process_count() > 1:
+    table = {k: multihost_utils.process_allgather(v, tiled=True) for k, v in table.items()}
+  order = np.argsort(table["index"][table["mask"] > 0], kind="stable")
+  return {k: v[table["mask"] > 0][order] for k, v in table.items() if k != "mask"}
+
+
+def accuracy(
+  logits_of: Callable[[Any, jax.Array], jax.Array], variables, batches: Iterable[dict[str, np.ndarray]], mesh
+) -> dict[str, float]:
+  """Returns top-1 and top-5 accuracy, mean loss and the number of examples of a whole split.
+
+  Args:
+    logits_of: (variables, f32[B, H, W, 3]) -> f32[B, classes].
+    variables: handed to `logits_of`.
+    batches: this process's rows: `image`, `label`, `mask` (0 marks padding, which counts nowhere).
+    mesh: where the batches go.
+  """
+
+  # Sums are integers or float32 of one batch, added up on the host: exact for any size of split.
+  def count(variables, batch):
+    logits, label, mask = logits_of(variables, batch["image"]), batch["label"], batch["mask"] > 0
+    own = jnp.take_along_axis(logits, label[:, None], axis=1)
+    # Among equal logits the lower class comes first, as argmax has it.
+    earlier = jnp.arange(logits.shape[1])[None] < label[:, None]
+    rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
+    loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
+    return {
+      "top1": jnp.sum((rank < 1) & mask),
+      "top5": jnp.sum((rank < 5) & mask),
+      "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+      "examples": jnp.sum(mask),
+    }
+
+  count = jax.jit(count, out_shardings=sharding.replicated(mesh))
+  totals = dict.fromkeys(("top1", "top5", "loss", "examples"), 0.0)
+  for rows in batches:
+    batch = sharding.global_batch(mesh, {k: rows[k] for k in ("image", "label", "mask")})
+    for name, value in jax.device_get(count(variables, batch)).items():
+      totals[name] += float(value)
+  examples = totals.pop("examples")
+  return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+
+
+def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 1.0) -> float:
+  """Returns the held-out accuracy of a logistic regression on standardised fixed features.
+
+  Args:
+    train_x: f32[N, D].
+    train_y: i32[N].
+    test_x: f32[M, D].
+    test_y: i32[M].
+    regularisation: scikit-learn's C, the inverse strength of the L2 penalty.
+  """
+  probe = pipeline.make_pipeline(
+    preprocessing.StandardScaler(), linear_model.LogisticRegression(C=regularisation, max_iter=2000)
+  )
+  return float(probe.fit(train_x, train_y).score(test_x, test_y))
+
+
+def _shards(array: jax.Array):
+  return sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)

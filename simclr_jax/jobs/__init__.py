@@ -1,0 +1,1 @@
+"""The jobs, one file each: what `python -m simclr_jax JOB` runs."""

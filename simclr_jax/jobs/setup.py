@@ -1,0 +1,177 @@
+"""From a config to the things that jobs are made of: data, transforms, model, optimizer, checkpoints."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simclr_jax import checkpoint, errors, optim, sharding
+from simclr_jax.data import host_augment, pipeline, sources
+from simclr_jax.inference import DTYPES
+from simclr_jax.models import heads
+
+# Keys of a run that may change when it continues: they do not change what it computes.
+FREE_KEYS = (
+  "log_every_steps",
+  "checkpoint_every",
+  "keep_",
+  "eval_batch_size",
+  "evaluate_every_epochs",
+  "data.dir",
+)
+
+
+def choice(key: str, value: str, known) -> str:
+  """Returns `value` if it is one of `known`, else raises a UserError that lists them."""
+  if value not in known:
+    raise errors.UserError(f"config.{key} is {value!r}{errors.nearest(value, known)}; use {', '.join(known)}.")
+  return value
+
+
+def mesh_for(config, *batch_sizes: tuple[str, int]) -> jax.sharding.Mesh:
+  """Returns the mesh of all devices, after checking what can be checked before anything is compiled."""
+  mesh = sharding.data_mesh()
+  for key, size in batch_sizes:
+    sharding.check_divisible(size, mesh, name=f"config.{key}")
+  for key in ("dtype", "param_dtype"):
+    choice(f"model.{key}", config.model[key], DTYPES)
+  choice("augment.place", config.augment.place, ("host",))
+  host_augment.check_color(config.augment.color_strength, config.augment.brightness)
+  return mesh
+
+
+def describe(mesh: jax.sharding.Mesh) -> str:
+  """Returns what the mesh is made of, for the log."""
+  kind = mesh.devices.flat[0].device_kind
+  return f"{mesh.size} x {kind}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}"
+
+
+def source_of(config, split: str) -> sources.Source:
+  """Returns the examples of one split."""
+  return sources.load(
+    choice("data.source", config.data.source, ("tfds", "folder", "arrays", "shapes")),
+    name=config.data.name,
+    split=split,
+    data_dir=config.data.dir,
+    image_size=config.data.image_size,
+    cache=config.data.cache,
+    max_bad_share=config.data.max_bad_share,
+    num_examples=config.data.examples,
+    seed=config.seed,
+  )
+
+
+def train_rows(config, source, transform, *, batch_size: int, key: str):
+  """Returns first step -> this process's rows of every batch from then on."""
+  if source.num_examples < batch_size:
+    raise errors.UserError(
+      f"{source.num_examples} training images cannot fill a batch of config.{key} = {batch_size}; "
+      "choose a smaller batch, so that none appears twice in it."
+    )
+  return lambda step: pipeline.train_batches(
+    source,
+    transform,
+    batch_size=batch_size,
+    shards=config.data.shards,
+    seed=config.seed,
+    start_step=step,
+    shuffle_window=config.data.shuffle_window,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def evaluation_rows(config, source):
+  """Returns a function whose call starts one pass over the split with the reference's centre crop."""
+  return lambda: pipeline.evaluation_batches(
+    source,
+    lambda image, seed: {"image": host_augment.eval_view(image, size=config.data.image_size)},
+    batch_size=config.eval_batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def projection_head_of(config) -> heads.ProjectionHead:
+  """Returns the projection head that `config.head` describes."""
+  return heads.ProjectionHead(
+    layers=config.head.layers,
+    out_dim=config.head.out_dim,
+    dtype=DTYPES[config.model.dtype],
+    param_dtype=DTYPES[config.model.param_dtype],
+  )
+
+
+def linear_head_of(config, classes: int, *, zero_init: bool = False) -> heads.LinearHead | None:
+  """Returns the classifier, or None where there are no labels."""
+  if not classes:
+    return None
+  return heads.LinearHead(
+    classes,
+    zero_init=zero_init,
+    dtype=DTYPES[config.model.dtype],
+    param_dtype=DTYPES[config.model.param_dtype],
+  )
+
+
+def optimizer_of(
+  keys, *, examples: int, batch_size: int, total_epochs: float, total_steps: int = 0
+) -> tuple[optax.GradientTransformation, optax.Schedule, int]:
+  """Returns (optimizer, its schedule, steps of the run) for `config.optimizer` or a recipe's."""
+  choice("optimizer.name", keys.name, ("lars", "momentum", "adam"))
+  steps = total_steps or optim.total_steps(examples, total_epochs, batch_size)
+  schedule = optim.schedule(
+    base_learning_rate=keys.base_learning_rate,
+    batch_size=batch_size,
+    scaling=keys.scaling,
+    warmup_steps=optim.warmup_steps(examples, keys.warmup_epochs, batch_size),
+    total_steps=steps,
+  )
+  if keys.name == "lars":
+    tx = optim.lars(
+      schedule,
+      weight_decay=keys.weight_decay,
+      momentum=keys.momentum,
+      trust_coefficient=keys.trust_coefficient,
+    )
+  elif keys.name == "momentum":
+    tx = optim.momentum(schedule, momentum=keys.momentum)
+  else:
+    tx = optim.adam(schedule)
+  return tx, schedule, steps
+
+
+def every(epochs: float, *, examples: int, batch_size: int) -> int:
+  """Returns an interval in steps: 0 for 0 epochs, else at least one step."""
+  return max(1, round(epochs * round(examples / batch_size))) if epochs else 0
+
+
+def checkpoints_of(config, workdir: str, *, job: str, examples: int, batch_size: int) -> checkpoint.Checkpoints:
+  """Returns the run's checkpoints, once `workdir` is known to be this run's."""
+  checkpoint.claim_workdir(workdir, config.to_dict(), job, FREE_KEYS)
+  steps = functools.partial(every, examples=examples, batch_size=batch_size)
+  return checkpoint.Checkpoints(
+    workdir,
+    config.to_dict(),
+    every_steps=config.checkpoint_every_steps or steps(config.checkpoint_every_epochs),
+    keep=config.keep_checkpoints,
+    keep_every_steps=steps(config.keep_every_epochs),
+  )
+
+
+def fits(config, ours: dict, theirs: dict, path: str) -> None:
+  """Raises a UserError if the command asks for another encoder than the checkpoint's."""
+  for key, value in theirs["model"].items():
+    # Compute precision is the reader's choice; the arrays are the same.
+    if key not in ("dtype", "param_dtype") and ours["model"].get(key) != value:
+      raise errors.UserError(
+        f"checkpoint {path} was trained with config.model.{key} = {value!r}, this config says {ours['model'].get(key)!r}; "
+        "leave --config out to use the checkpoint's own."
+      )
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns (mean softmax cross-entropy, accuracy) of logits f32[N, K] and label i32[N]."""
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+  return jnp.mean(losses), jnp.mean(jnp.argmax(logits, -1) == label)

@@ -1,0 +1,169 @@
+"""LARS with its masks, Nesterov momentum, Adam, the schedule, and steps from epochs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simclr_jax import errors
+
+OPTIMIZERS = ("lars", "momentum", "adam")
+SCALINGS = ("linear", "sqrt")
+
+Schedule = Callable[[Any], jax.Array]
+
+
+def total_steps(examples: int, epochs: float, batch_size: int) -> int:
+  """Returns the optimizer steps of a run: the whole batches that fit, and one more as in the reference.
+
+  The batch size counts images, not views.
+  """
+  _check_counts(examples, epochs, batch_size)
+  return int(examples * epochs // batch_size) + 1
+
+
+def warmup_steps(examples: int, warmup_epochs: float, batch_size: int) -> int:
+  """Returns the steps of linear warm-up, rounded down."""
+  _check_counts(examples, warmup_epochs, batch_size)
+  return int(warmup_epochs * examples // batch_size)
+
+
+def schedule(
+  *, base_learning_rate: float, batch_size: int, scaling: str, warmup_steps: int, total_steps: int
+) -> Schedule:
+  """Returns step -> learning rate: linear warm-up from zero, then half a cosine to zero, without restarts.
+
+  Appendix B.1 of Chen et al. 2020. The peak is base * batch_size / 256 (`linear`) or
+  base * sqrt(batch_size) (`sqrt`); the first step's rate is 0. The step may be an int, an array or traced.
+  """
+  if scaling not in SCALINGS:
+    raise errors.UserError(
+      f'learning-rate scaling "{scaling}" is unknown; use linear or sqrt{errors.nearest(scaling, SCALINGS)}'
+    )
+  peak = base_learning_rate * (batch_size / 256 if scaling == "linear" else math.sqrt(batch_size))
+  # A run may be stopped inside its warm-up (a few steps to try a config).
+  decay_steps = max(total_steps - warmup_steps, 1)
+
+  def learning_rate(step):
+    step = jnp.asarray(step)
+    # In float32 (1 + cos) / 2 has no digits left near the end; the sine of what remains keeps them.
+    remaining = jnp.clip(total_steps - step, 0, decay_steps)
+    cosine = jnp.square(jnp.sin(math.pi / 2 * (remaining / decay_steps)))
+    return peak * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+
+  return learning_rate
+
+
+def lars(
+  learning_rate: float | Schedule,
+  *,
+  weight_decay: float,
+  momentum: float = 0.9,
+  trust_coefficient: float = 0.001,
+) -> optax.GradientTransformation:
+  """Returns LARS (You et al. 2017) with the reference's exclusions, see `lars_mask`.
+
+  The learning rate is inside the momentum buffer.
+  """
+  # Both masks are needed: optax adapts every leaf by default.
+  return optax.lars(
+    learning_rate,
+    weight_decay=weight_decay,
+    weight_decay_mask=lars_mask,
+    trust_coefficient=trust_coefficient,
+    trust_ratio_mask=lars_mask,
+    momentum=momentum,
+    nesterov=False,
+  )
+
+
+def momentum(learning_rate: float | Schedule, *, momentum: float = 0.9) -> optax.GradientTransformation:
+  """Returns Nesterov momentum with the learning rate inside the buffer, which `optax.sgd` has outside.
+
+  v = m v - lr g; w = w + m v - lr g, as TensorFlow 2.
+  """
+  return optax.chain(optax.scale_by_learning_rate(learning_rate), optax.trace(decay=momentum, nesterov=True))
+
+
+def adam(
+  learning_rate: float | Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-7
+) -> optax.GradientTransformation:
+  """Returns Adam as TensorFlow has it: epsilon is added before the bias correction, not after it.
+
+  w = w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps). Kingma and Ba 2015, end of section 2.
+  """
+
+  def init(params):
+    zeros = optax.tree.zeros_like(params)
+    return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=zeros, nu=zeros)
+
+  def update(grads, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+    # expm1, because 1 - b2^t has lost half its digits in float32 when t is small.
+    correction = jnp.sqrt(-jnp.expm1(count * math.log(b2))) / -jnp.expm1(count * math.log(b1))
+    updates = jax.tree.map(lambda m, v: (correction * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
+    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+  return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+
+
+def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> jax.Array:
+  """Returns the L2 term that the reference adds to the loss: weight_decay / 2 times a sum of squares.
+
+  With LARS, which decays the other weights itself, the sum is over the kernels of the supervised
+  head; with the other optimizers over everything but batch normalisation, dense biases included.
+  """
+  if optimizer not in OPTIMIZERS:
+    hint = errors.nearest(optimizer, OPTIMIZERS)
+    raise errors.UserError(f'optimizer "{optimizer}" is unknown; use one of {", ".join(OPTIMIZERS)}{hint}')
+  names = leaf_names(params)
+  chosen = (
+    [_in_linear_head(name) and name[-1] == "kernel" for name in names]
+    if optimizer == "lars"
+    else [not normalization for normalization in _in_batch_norm(names)]
+  )
+  leaves = [leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True) if use]
+  squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in leaves]
+  return jnp.asarray(weight_decay / 2 * sum(squares))
+
+
+def lars_mask(params: Any) -> Any:
+  """Returns a tree of bools: True where LARS decays and adapts: no scale, no bias, no supervised head."""
+  adapted = [name[-1] not in ("scale", "bias") and not _in_linear_head(name) for name in leaf_names(params)]
+  return jax.tree.unflatten(jax.tree.structure(params), adapted)
+
+
+def batch_norm_mask(params: Any) -> Any:
+  """Returns a tree of bools: True on batch normalisation's leaves, a `scale` or the `bias` next to one."""
+  return jax.tree.unflatten(jax.tree.structure(params), _in_batch_norm(leaf_names(params)))
+
+
+def leaf_names(params: Any) -> list[tuple[str, ...]]:
+  """Returns each leaf's path as names, in the order of `jax.tree.leaves`."""
+  return [
+    tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+  ]
+
+
+def _in_linear_head(name: tuple[str, ...]) -> bool:
+  return any("linear_head" in module for module in name[:-1])
+
+
+def _in_batch_norm(names: list[tuple[str, ...]]) -> list[bool]:
+  scaled = {name[:-1] for name in names if name[-1] == "scale"}
+  return [name[-1] in ("scale", "bias") and name[:-1] in scaled for name in names]
+
+
+def _check_counts(examples: int, epochs: float, batch_size: int) -> None:
+  if examples < 1 or batch_size < 1 or epochs < 0:
+    raise errors.UserError(
+      f"got {examples} examples, {epochs} epochs and batch_size {batch_size}; "
+      "examples and batch_size must be positive, epochs not negative"
+    )

@@ -1,0 +1,129 @@
+"""What a run says while it runs: a progress bar, JSON lines for scripts, TensorBoard where TensorFlow is installed."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import sys
+import time
+
+import jax
+from etils import epath
+from tqdm import auto as tqdm
+
+log = logging.getLogger("simclr_jax")
+
+
+def set_up_logging() -> None:
+  """Sends the package's log to stderr, above the progress bar, from the first process only."""
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  # tqdm redraws its bar below whatever is written through it.
+  handler.emit = lambda record: tqdm.tqdm.write(handler.format(record), file=sys.stderr)
+  log.handlers = [handler]
+  log.propagate = False
+  log.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+
+
+class Telemetry:
+  """Writes metric rows and draws the progress bar of one run; use it as a context manager.
+
+  Rows go to `workdir/metrics.jsonl`, one JSON object a line with `step` and slash-prefixed names, and to
+  `workdir/tensorboard`. Only process 0 writes.
+  """
+
+  def __init__(self, workdir: str, *, total_steps: int, start_step: int, images_per_step: int, title: str, show=()):
+    """Opens the writers; metric rows after `start_step` are dropped, so none appears twice.
+
+    Args:
+      workdir: the run's folder.
+      total_steps: where the bar ends.
+      start_step: steps that are already done.
+      images_per_step: images (not views) of one global batch.
+      title: of the bar.
+      show: names of the metrics that the bar shows.
+    """
+    self._lead = jax.process_index() == 0
+    self._show = dict(show)
+    self._images_per_step = images_per_step
+    self._clock, self._clock_step, self._waited = time.monotonic(), start_step, 0.0
+    self._rows, self._tensorboard = None, None
+    if not self._lead:
+      return
+    path = epath.Path(workdir) / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
+    path.write_text("".join(line + "\n" for line in kept))
+    self._rows = path.open("a")
+    if importlib.util.find_spec("tensorflow") and importlib.util.find_spec("clu"):
+      from clu import metric_writers  # imports TensorFlow, which a TensorFlow-free run must never do
+
+      self._tensorboard = metric_writers.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+    else:
+      log.info("TensorFlow or clu is not installed: metrics go to %s only.", path)
+    self._bar = tqdm.tqdm(
+      total=total_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc):
+    self.close()
+
+  @contextlib.contextmanager
+  def waiting_for_data(self):
+    """Times what the loop spends waiting for the input pipeline."""
+    start = time.monotonic()
+    yield
+    self._waited += time.monotonic() - start
+
+  def tick(self) -> None:
+    """One more step was dispatched."""
+    if self._lead:
+      self._bar.update()
+
+  def speed(self, step: int) -> dict[str, float]:
+    """Returns images/s and the share of time spent waiting for data since the last call."""
+    now = time.monotonic()
+    seconds, steps = now - self._clock, step - self._clock_step
+    speed = {
+      "speed/images_per_second": steps * self._images_per_step / seconds,
+      "speed/data_wait_share": self._waited / seconds,
+    }
+    self._clock, self._clock_step, self._waited = now, step, 0.0
+    return speed
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes one row; what JSON cannot hold (NaN, infinities) becomes null."""
+    if not self._lead:
+      return
+    row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    self._rows.write(json.dumps({"step": step, **row}) + "\n")
+    self._rows.flush()
+    if self._tensorboard:
+      self._tensorboard.write_scalars(step, metrics)
+    shown = {label: f"{metrics[name]:.3g}" for name, label in self._show.items() if name in metrics}
+    if shown:
+      self._bar.set_postfix(shown)
+
+  def close(self) -> None:
+    """Flushes the writers and leaves the bar as it is."""
+    if self._lead:
+      self._bar.close()
+      self._rows.close()
+      if self._tensorboard:
+        self._tensorboard.close()
+
+
+def read_rows(workdir: str) -> list[dict[str, float]]:
+  """Returns the metric rows of a run, in order."""
+  return [json.loads(line) for line in _complete_lines(epath.Path(workdir) / "metrics.jsonl")]
+
+
+def _complete_lines(path: epath.Path) -> list[str]:
+  # A killed run may leave half a line at the end.
+  if not path.exists():
+    return []
+  return [line for line in path.read_text().split("\n")[:-1] if line]

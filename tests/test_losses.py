@@ -1,0 +1,297 @@
+"""NT-Xent against the reference's numbers, its definition in float64, and itself on other device counts."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference
+import pytest
+
+from simclr_jax import errors, losses, sharding
+
+METRICS = ("contrast_acc", "contrast_entropy", "contrast_top1")
+
+
+def evaluate(z, **options):
+  """Returns loss, gradient and metrics as NumPy numbers, from one jitted call."""
+  loss_fn = jax.jit(jax.value_and_grad(lambda z: losses.nt_xent(z, **options), has_aux=True))
+  (loss, metrics), grad = loss_fn(z)
+  return np.asarray(loss), np.asarray(grad), {name: np.asarray(value) for name, value in metrics.items()}
+
+
+def random_views(n, dim, seed=0, noise=1.0, dtype=np.float64):
+  rng = np.random.default_rng(seed)
+  return (rng.normal(size=(n, 1, dim)) + noise * rng.normal(size=(n, 2, dim))).astype(dtype)
+
+
+def paired(rows):
+  """[all first views ; all second views] to [N, 2, D]."""
+  return np.stack(np.split(rows, 2), axis=1)
+
+
+@pytest.fixture
+def cases(reference):
+  """The reference's cases: name -> (z [N, 2, D] float32, options, what the reference says about it)."""
+  arrays = reference("nt_xent")
+  cases = {}
+  for name in arrays["cases"]:
+    options = {
+      # Through its decimal form, because the float32 number nearest to 0.1 is not the 0.1 that was meant.
+      "temperature": float(str(arrays[f"{name}__temperature"])),
+      "normalize": bool(arrays[f"{name}__hidden_norm"]),
+    }
+    says = {
+      key: arrays[f"{name}__{key}"]
+      for key in ("loss", "loss_float64", "grad", "contrast_acc", "contrast_entropy")
+    }
+    says["grad"] = paired(says["grad"])
+    cases[str(name)] = paired(arrays[f"{name}__hidden"]), options, says
+  return cases
+
+
+def gradient_scale(z, temperature, normalize):
+  """The size [N, 1 or 2, 1] of the terms whose sum is the reference's gradient, before they cancel."""
+  norms = np.linalg.norm(z.astype(np.float64), axis=2, keepdims=True)
+  factor = 1 / np.maximum(norms, 1e-6) if normalize else norms.max(keepdims=True)
+  return 2 / (len(z) * temperature) * factor
+
+
+def test_the_twin_agrees_with_every_case_of_the_reference(cases):
+  for name, (z, options, says) in cases.items():
+    loss, grad, metrics = numpy_reference.nt_xent(z, **options)
+    np.testing.assert_allclose(2 * loss, says["loss_float64"], rtol=1e-12, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(2 * loss, says["loss"], rtol=0, atol=1.5e-6, err_msg=name)
+    # Eight roundings of a unit vector to float32.
+    bound = 8 * 2**-24 * gradient_scale(z, **options)
+    assert np.all(np.abs(2 * grad - says["grad"]) <= bound), name
+    np.testing.assert_allclose(metrics["contrast_entropy"], says["contrast_entropy"], atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(metrics["contrast_acc"], says["contrast_acc"], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+def test_loss_gradient_and_metrics_are_the_twins_in_float64(cases, x64, devices):
+  mesh = devices and sharding.data_mesh()
+  for name, (z, options, _) in cases.items():
+    if devices and len(z) % devices:
+      continue
+    want_loss, want_grad, want_metrics = numpy_reference.nt_xent(z, **options)
+    loss, grad, metrics = evaluate(z.astype(np.float64), mesh=mesh, **options)
+    assert loss.dtype == grad.dtype == np.float64
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-12, atol=1e-13, err_msg=name)
+    assert np.all(np.abs(grad - want_grad) <= 1e-12 * gradient_scale(z, **options)), name
+    for metric in METRICS:
+      np.testing.assert_allclose(metrics[metric], want_metrics[metric], rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+def test_float32_is_as_close_to_the_truth_as_the_reference_is(cases, devices):
+  mesh = devices and sharding.data_mesh()
+  for name, (z, options, says) in cases.items():
+    if devices and len(z) % devices:
+      continue
+    want_loss, want_grad, want_metrics = numpy_reference.nt_xent(z, **options)
+    loss, grad, metrics = evaluate(z, mesh=mesh, **options)
+    np.testing.assert_allclose(loss, want_loss, rtol=0, atol=1e-6, err_msg=name)
+    reference_error = np.abs(says["grad"] / 2 - want_grad).max()
+    bound = 2 * reference_error + 1e-6 * np.abs(want_grad).max()
+    np.testing.assert_allclose(grad, want_grad, rtol=0, atol=bound, err_msg=name)
+    np.testing.assert_allclose(metrics["contrast_entropy"], says["contrast_entropy"], atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(metrics["contrast_acc"], says["contrast_acc"], atol=1e-6, err_msg=name)
+    for metric in METRICS:
+      np.testing.assert_allclose(metrics[metric], want_metrics[metric], atol=2e-6, err_msg=name)
+
+
+def test_the_golden_numbers_of_the_reference_come_out():
+  i, j = np.arange(32)[:, None], np.arange(8)[None, :]
+  z = paired(np.sin(0.7 * i + 0.3 * j**2 + 0.11 * i * j).astype(np.float32))
+  for temperature, loss, entropy, norm in [
+    (0.1, 13.8114386, 1.438690, 3.898776),
+    (0.5, 7.1215701, 2.630761, 0.719527),
+    (1.0, 6.8784971, 2.735443, 0.355242),
+  ]:
+    got_loss, grad, metrics = evaluate(z, temperature=temperature)
+    np.testing.assert_allclose(2 * got_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(2 * np.linalg.norm(grad), norm, rtol=2e-6)
+    np.testing.assert_allclose(metrics["contrast_entropy"], entropy, rtol=1e-6)
+    assert metrics["contrast_acc"] == 0.125
+  np.testing.assert_allclose(2 * evaluate(z, temperature=1.0, normalize=False)[0], 8.3335495, rtol=1e-6)
+  for constant in (0.0, 1.0):
+    collapsed = np.full_like(z, constant)
+    np.testing.assert_allclose(2 * evaluate(collapsed, temperature=0.1)[0], 2 * np.log(31), rtol=1e-6)
+
+
+def test_loss_and_gradient_are_those_of_the_dense_definition(x64):
+  z = jnp.asarray(random_views(6, 5))
+
+  def dense(z):
+    z = z.reshape(12, 5)
+    z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
+    logits = jnp.where(jnp.eye(12) == 1, -jnp.inf, z @ z.T / 0.3)
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(12), jnp.arange(12) ^ 1])
+
+  want_loss, want_grad = jax.value_and_grad(dense)(z)
+  loss, grad, _ = evaluate(z, temperature=0.3, block_size=4)
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-13)
+  np.testing.assert_allclose(grad, want_grad, rtol=1e-11, atol=1e-14)
+
+
+def test_the_twins_gradient_is_the_slope_of_its_loss():
+  for normalize in (True, False):
+    z = random_views(4, 3, seed=1)
+    _, grad, _ = numpy_reference.nt_xent(z, 0.4, normalize)
+    direction = np.random.default_rng(2).normal(size=z.shape)
+    ahead, behind = (numpy_reference.nt_xent(z + s * 1e-5 * direction, 0.4, normalize)[0] for s in (1, -1))
+    np.testing.assert_allclose((ahead - behind) / 2e-5, np.sum(grad * direction), rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+  ("n", "dim", "block_size", "normalize"),
+  [(8, 16, None, True), (8, 1, 1, False), (24, 3, 7, True), (40, 2, 16, False), (264, 4, None, True)],
+)
+def test_eight_devices_equal_one(n, dim, block_size, normalize):
+  for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-5)):
+    with jax.enable_x64(dtype == np.float64):
+      z = random_views(n, dim, seed=n, dtype=dtype)
+      options = {"temperature": 0.5, "normalize": normalize, "block_size": block_size}
+      loss, grad, metrics = evaluate(z, **options)
+      sharded_loss, sharded_grad, sharded_metrics = evaluate(z, mesh=sharding.data_mesh(), **options)
+      np.testing.assert_allclose(sharded_loss, loss, rtol=tolerance)
+      np.testing.assert_allclose(sharded_grad, grad, rtol=0, atol=tolerance * np.abs(grad).max())
+      for name in METRICS:
+        np.testing.assert_allclose(sharded_metrics[name], metrics[name], rtol=tolerance)
+
+
+def test_any_shape_temperature_and_block_gives_the_definition(x64):
+  rng = np.random.default_rng(3)
+  for trial in range(16):
+    devices = int(rng.choice([1, 2, 3, 8]))
+    n = devices * int(rng.integers(1, 9))
+    z = random_views(n, int(rng.integers(1, 20)), seed=trial, noise=10 ** rng.uniform(-3, 1))
+    options = {"temperature": 10 ** rng.uniform(-1.5, 1), "normalize": bool(rng.integers(2))}
+    mesh = None if devices == 1 else sharding.data_mesh(jax.devices()[:devices])
+    want_loss, want_grad, want_metrics = numpy_reference.nt_xent(z, **options)
+    loss, grad, metrics = evaluate(z, mesh=mesh, block_size=int(rng.integers(1, 2 * n + 1)), **options)
+    message = f"trial {trial}: {z.shape}, {devices} devices, {options}"
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-10, atol=1e-14, err_msg=message)
+    np.testing.assert_allclose(
+      grad, want_grad, rtol=0, atol=1e-9 * np.abs(want_grad).max() + 1e-15, err_msg=message
+    )
+    for name in METRICS:
+      np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-10, err_msg=message)
+
+
+def test_similar_views_keep_their_digits_in_float32():
+  # The loss is near zero and so are p - 1 and the gradient: the regime that training ends in.
+  z = random_views(16, 64, noise=0.01, dtype=np.float32)
+  want_loss, want_grad, _ = numpy_reference.nt_xent(z, 0.1)
+  loss, grad, _ = evaluate(z, temperature=0.1)
+  assert want_loss < 0.02
+  np.testing.assert_allclose(loss, want_loss, rtol=2e-6)
+  np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-5 * np.abs(want_grad).max())
+
+
+def test_of_equal_similarities_the_first_is_the_answer():
+  # Images 1 and 2 are the same, so for both the second view of image 1 comes first.
+  z = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]][:, None].repeat(2, axis=1)
+  for block_size in (1, 4):
+    _, _, metrics = evaluate(z, temperature=0.5, block_size=block_size)
+    assert metrics["contrast_acc"] == 0.75
+    assert metrics["contrast_top1"] == 0.75
+
+
+def test_accuracy_is_over_the_second_views_and_top1_over_everything():
+  # The two first views resemble each other more than their own second views do.
+  z = np.array([[[1, 0.05], [0.6, -0.8]], [[1, 0], [0.6, 0.8]]], np.float32)
+  _, _, metrics = evaluate(z, temperature=1.0)
+  want = numpy_reference.nt_xent(z, 1.0)[2]
+  assert want["contrast_acc"] != want["contrast_top1"]
+  for name in METRICS:
+    np.testing.assert_allclose(metrics[name], want[name], rtol=1e-6)
+
+
+def test_metrics_carry_no_gradient():
+  z = jnp.asarray(random_views(8, 4, dtype=np.float32))
+  for mesh in (None, sharding.data_mesh()):
+    grad = jax.grad(lambda z, mesh=mesh: sum(losses.nt_xent(z, temperature=0.5, mesh=mesh)[1].values()))(z)
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_the_gradient_scales_with_what_comes_after_the_loss():
+  z = jnp.asarray(random_views(8, 4, dtype=np.float32))
+  mesh = sharding.data_mesh()
+  once = jax.grad(lambda z: losses.nt_xent(z, temperature=0.5, mesh=mesh)[0])(z)
+  thrice = jax.grad(lambda z: 3 * losses.nt_xent(z, temperature=0.5, mesh=mesh)[0])(z)
+  np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_the_temperature_can_be_learned(x64):
+  z = jnp.asarray(random_views(16, 4))
+  slope = (numpy_reference.nt_xent(z, 0.5 + 1e-6)[0] - numpy_reference.nt_xent(z, 0.5 - 1e-6)[0]) / 2e-6
+  for mesh in (None, sharding.data_mesh()):
+    loss_fn = lambda temperature, mesh=mesh: losses.nt_xent(z, temperature=temperature, mesh=mesh)[0]
+    np.testing.assert_allclose(jax.jit(jax.grad(loss_fn))(0.5), slope, rtol=1e-8)
+
+
+def test_bfloat16_embeddings_are_scored_in_float32():
+  z = jnp.asarray(random_views(16, 8), jnp.bfloat16)
+  loss, grad, metrics = evaluate(z, temperature=0.1)
+  assert loss.dtype == np.float32
+  assert grad.dtype == jnp.bfloat16
+  assert all(value.dtype == np.float32 for value in metrics.values())
+  np.testing.assert_allclose(loss, evaluate(z.astype(jnp.float32), temperature=0.1)[0], rtol=1e-7)
+
+
+def compiled_on_eight_devices(n, dim, block_size):
+  mesh = sharding.data_mesh()
+  z = jax.ShapeDtypeStruct((n, 2, dim), jnp.float32, sharding=sharding.batched(mesh))
+  options = {"temperature": 0.1, "mesh": mesh, "block_size": block_size}
+  return jax.jit(jax.value_and_grad(lambda z: losses.nt_xent(z, **options), has_aux=True)).lower(z).compile()
+
+
+def test_no_device_holds_its_rows_of_the_logits():
+  n, dim, block_size = 128, 4, 16
+  hlo = compiled_on_eight_devices(n, dim, block_size).as_text()
+  sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", hlo)]
+  rows_of_one_view = n // 8 * n
+  assert 2 * n * dim in sizes, "the gathered embeddings are in the program"
+  assert max(sizes) < rows_of_one_view
+
+
+def test_two_gathers_and_nothing_else_but_scalars_cross_devices():
+  hlo = compiled_on_eight_devices(16, 4, None).as_text()
+  results = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", hlo)
+  assert sum(kind == "all-gather" for _, kind in results) == 2
+  for result, kind in results:
+    assert kind in ("all-gather", "all-reduce")
+    if kind == "all-reduce":
+      assert set(re.findall(r"\w+\[.*?\]", result)) == {"f32[]"}
+
+
+def test_memory_grows_linearly_with_the_batch():
+  def peak(n):
+    z = jax.ShapeDtypeStruct((n, 2, 32), jnp.float32)
+    loss_fn = jax.value_and_grad(lambda z: losses.nt_xent(z, temperature=0.1), has_aux=True)
+    return jax.jit(loss_fn).lower(z).compile().memory_analysis().temp_size_in_bytes
+
+  assert peak(8192) < 2.2 * peak(4096)
+
+
+@pytest.mark.parametrize(
+  ("shape", "options", "says"),
+  [
+    ((32, 128), {}, "[N, 2, D]"),
+    ((8, 3, 4), {}, "[N, 2, D]"),
+    ((0, 2, 4), {}, "[N, 2, D]"),
+    ((12, 2, 4), {"mesh": 8}, "multiple of 8"),
+    ((8, 2, 4), {"temperature": 0.0}, "temperature"),
+    ((8, 2, 4), {"block_size": 0}, "block_size"),
+  ],
+)
+def test_a_wrong_argument_is_named_in_one_line(shape, options, says):
+  options = {"temperature": 0.1, **options}
+  if "mesh" in options:
+    options["mesh"] = sharding.data_mesh()
+  with pytest.raises(errors.UserError, match=re.escape(says)) as caught:
+    losses.nt_xent(jnp.zeros(shape), **options)
+  assert "\n" not in str(caught.value)
