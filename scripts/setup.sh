@@ -53,10 +53,7 @@ is_usable() {
   [ -n "$uv" ] || .venv/bin/python -m pip --version >/dev/null 2>&1
 }
 
-pip_install() {
-  .venv/bin/python -m pip --require-virtualenv --disable-pip-version-check --no-input --log .venv/pip.log \
-    install -qq --progress-bar off "$@"
-}
+pip_install() { .venv/bin/python -m pip --require-virtualenv --disable-pip-version-check --no-input install -qq "$@"; }
 
 if ! is_usable; then
   find_python

@@ -98,7 +98,7 @@ def find(path: str) -> epath.Path:
   folder = root / "checkpoints" if (root / "checkpoints").exists() else root
   steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
   step = folder / str(steps[-1]) if steps else folder
-  if not ocp.is_orbax_checkpoint(step):
+  if not (step / "_CHECKPOINT_METADATA").exists():
     raise errors.UserError(f"{path} holds no checkpoint; give a run's workdir or one of its checkpoints/STEP folders.")
   return step
 
@@ -186,7 +186,10 @@ def claim_workdir(workdir: str, config: dict[str, Any], job: str, free: tuple[st
         )
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"job": job, "config": config}, indent=2) + "\n")
+    # Whole or not at all: another process may be reading it now, and a kill may come.
+    partial = path.with_name("config.json.partial")
+    partial.write_text(json.dumps({"job": job, "config": config}, indent=2) + "\n")
+    partial.replace(path)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

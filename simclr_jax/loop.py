@@ -40,8 +40,8 @@ def train(
   show: dict[str, str],
   evaluate: Callable[[state_lib.TrainState], dict[str, float]] | None = None,
   evaluate_every_steps: int = 0,
-) -> state_lib.TrainState:
-  """Returns the state after `total_steps` steps, going on from the newest checkpoint if there is one.
+) -> tuple[state_lib.TrainState, dict[str, float]]:
+  """Returns the state after `total_steps` steps and its evaluation, going on from the newest checkpoint if there is one.
 
   Args:
     state: before the first step; its arrays are donated.
@@ -65,8 +65,9 @@ def train(
   state, done = checkpoints.restore_latest(state)
   if done:
     telemetry.log.info("Continuing from step %d of %d.", done, total_steps)
+  result = {}
   if done >= total_steps:
-    return state
+    return state, evaluate(state) if evaluate else result
   with (
     telemetry.Telemetry(
       workdir, total_steps=total_steps, start_step=done, images_per_step=batch_size, title=title, show=show
@@ -91,7 +92,8 @@ def train(
         pending = (step, metrics)
       last = step == total_steps
       if evaluate and (last or (evaluate_every_steps and step % evaluate_every_steps == 0)):
-        out.write(step, evaluate(state))
+        result = evaluate(state)
+        out.write(step, result)
       stop = terminated(step)
       if last or stop or checkpoints.due(step):
         if pending:  # A row up to a saved step is never lost, whatever happens next.
@@ -102,7 +104,7 @@ def train(
         telemetry.log.info("SIGTERM: saving step %d; the same command continues from there.", step)
         checkpoints.close()
         raise Preempted(PREEMPTED)
-  return state
+  return state, result
 
 
 def _report(out: telemetry.Telemetry, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -50,9 +50,9 @@ def schedule(
   def learning_rate(step):
     step = jnp.asarray(step)
     # In float32 (1 + cos) / 2 has no digits left near the end; the sine of what remains keeps them.
-    remaining = jnp.clip(total_steps - step, 0, decay_steps)
-    cosine = jnp.square(jnp.sin(math.pi / 2 * (remaining / decay_steps)))
-    return peak * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+    remaining = jnp.clip(total_steps - step, 0, decay_steps) / jnp.asarray(decay_steps, float)
+    cosine = jnp.square(jnp.sin(math.pi / 2 * remaining))
+    return peak * jnp.where(step < warmup_steps, step / jnp.asarray(max(warmup_steps, 1), float), cosine)
 
   return learning_rate
 

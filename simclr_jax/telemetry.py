@@ -65,6 +65,7 @@ class Telemetry:
     self._bar = tqdm.tqdm(
       total=total_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1
     )
+    self._bar.set_postfix_str("compiling the step")
 
   def __enter__(self):
     return self

@@ -172,6 +172,11 @@ def test_an_encoder_has_the_published_number_of_parameters(encoder, parameters):
   assert count(abstract(resnet.ResNet(**encoder), images, train=False)["params"]) == parameters
 
 
+def test_a_fractional_width_rounds_the_channels_of_every_group():
+  assert [resnet.channels(base, 0.3) for base in (32, 64, 128, 256, 512)] == [10, 19, 38, 77, 154]
+  assert resnet.channels(64, 0.001) == 1
+
+
 @pytest.mark.parametrize(
   ("dim", "layers", "parameters"),
   [
@@ -193,7 +198,8 @@ def test_a_projection_head_has_the_reference_s_number_of_parameters(dim, layers,
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_a_projection_head_returns_h_and_every_layer(count):
   h = jnp.linspace(-1, 1, 24).reshape(4, 6)
-  outputs, _ = heads.ProjectionHead(layers, out_dim=5).init_with_output(jax.random.key(0), h, train=True)
+  head = heads.ProjectionHead(count, out_dim=5)
+  outputs, _ = head.apply(filled(head, h), h, train=True, mutable=["batch_stats"])
   assert [output.shape for output in outputs] == [(4, 6)] * max(1, count) + [(4, 5)] * (count > 0)
   assert outputs[0] is h
   for hidden in outputs[1:-1]:
@@ -219,6 +225,11 @@ def initial(module, *inputs, **kwargs):
   return jax.jit(functools.partial(module.init, **kwargs))(jax.random.key(0), *inputs)
 
 
+def filled(module, *inputs):
+  return weights_by_name.filled(abstract(module, *inputs, train=True))
+
+
+@pytest.mark.slow
 def test_a_fresh_network_is_initialised_as_the_reference_s():
   model = simclr.SimCLR(resnet.ResNet(10, width=0.5), heads.ProjectionHead(2), heads.LinearHead(100))
   params = initial(model, np.zeros((1, 32, 32, 3), np.float32), train=False)["params"]
@@ -300,12 +311,13 @@ def test_the_pooled_shortcut_pads_as_the_reference_s(stride, expected):
 
 
 def test_squeeze_and_excite_gates_every_channel():
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)), jnp.float32)
+  x = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
   module = resnet.SqueezeExcite(2, FLOAT32)
-  y, variables = module.init_with_output(jax.random.key(0), x)
-  params = variables["params"]
-  hidden = np.maximum(np.mean(x, axis=(1, 2)) @ params["reduce"]["kernel"][0, 0], 0)
-  gate = 1 / (1 + np.exp(-hidden @ params["expand"]["kernel"][0, 0]))
+  variables = weights_by_name.filled(abstract(module, x))
+  params, y = variables["params"], module.apply(variables, x)
+  reduce, expand = ((params[name]["kernel"][0, 0], params[name]["bias"]) for name in ("reduce", "expand"))
+  hidden = np.maximum(np.mean(x, axis=(1, 2)) @ reduce[0] + reduce[1], 0)
+  gate = 1 / (1 + np.exp(-(hidden @ expand[0] + expand[1])))
   np.testing.assert_allclose(y, x * gate[:, None, None], rtol=1e-5)
 
 
@@ -324,11 +336,13 @@ def test_any_image_size_halves_rounding_up_as_often_as_the_network_strides(size,
   assert state["intermediates"]["block_group4"][0].shape == (2, height, width, 256)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_uint8_images_are_divided_by_255_before_any_rounding(dtype):
-  images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-  expected = (images / np.float32(255)).astype(dtype)
-  np.testing.assert_array_equal(layers.as_float(jnp.asarray(images), dtype), expected)
+def test_uint8_images_are_divided_by_255(x64):
+  model = narrow(dtype=jnp.float64, param_dtype=jnp.float64).encoder
+  images = images_like()
+  variables = filled(model, images)
+  apply = jax.jit(functools.partial(model.apply, train=False))
+  expected = apply(variables, images.astype(np.float64) / 255)
+  assert largest_error(apply(variables, images), expected) < 1e-12
 
 
 def dtypes_of(tree):
@@ -359,7 +373,7 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_statistics_and_outputs_in
 
 def test_bfloat16_and_float32_agree_to_the_precision_of_bfloat16():
   images = images_like((8, 32, 32, 3))
-  variables = initial(narrow(), images, train=True)
+  variables = filled(narrow(), images)
   full, half = (
     jax.jit(functools.partial(narrow(dtype=dtype).apply, train=True, mutable=["batch_stats"]))(
       variables, images
@@ -395,7 +409,7 @@ def test_statistics_keep_their_type_from_step_to_step(x64, dtype, param_dtype):
 
 def test_the_online_classifier_passes_no_gradient_to_the_encoder():
   model, images = narrow(), images_like()
-  variables = initial(model, images, train=True)
+  variables = filled(model, images)
 
   @jax.jit
   @jax.grad
@@ -421,7 +435,7 @@ def test_without_a_classifier_there_are_no_logits():
 def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradient(frozen):
   images = images_like()
   model = simclr.Classifier(narrow().encoder, heads.LinearHead(5))
-  variables = initial(model, images, train=True)
+  variables = filled(model, images)
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)

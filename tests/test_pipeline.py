@@ -21,7 +21,7 @@ def in_memory(count):
 
 
 def in_files(count, folder, per_file=5):
-  """Returns a source of TFRecord files whose record i is the text of i, between two that are no part of it."""
+  """Returns a source of TFRecord files whose records are the texts of 0, 1, ..., between two others."""
   pieces = []
   for first in range(0, count, per_file):
     held = list(range(first, min(first + per_file, count)))

@@ -134,10 +134,10 @@ def test_a_folder_of_nothing_but_corrupt_images_is_a_user_error(tmp_path):
   + [("jpeg", "RGB"), ("jpeg", "L"), ("jpeg", "CMYK"), ("bmp", "RGB"), ("webp", "RGB"), ("webp", "RGBA")],
 )
 def test_every_kind_of_image_has_three_channels(tmp_path, kind, mode):
-  color = 255 if mode == "1" else 200
+  color = 255 if mode == "1" else 204  # 204 is in the palette of the web
   gray = Image.new("L", (6, 4), color)
   if mode == "I;16":
-    image = Image.fromarray(np.full([4, 6], 200 * 257, np.uint16))
+    image = Image.fromarray(np.full([4, 6], 204 * 257, np.uint16))
   else:
     image = gray if mode == "L" else gray.convert("RGB").convert(mode)
   image.save(tmp_path / f"a.{kind}")
@@ -255,7 +255,7 @@ def test_cut_gives_the_pieces_that_hold_a_range():
 
 @pytest.fixture
 def tiny_tfds(tmp_path):
-  """A TFDS folder with the data set tiny: splits of 11 and 4 images of the sizes (4 + i, 5), in 3 files and 1."""
+  """A TFDS folder with the data set tiny: 11 and 4 images of the sizes (4 + i, 5), in 3 files and 1."""
   import tensorflow_datasets as tfds
 
   kinds = {

@@ -52,8 +52,8 @@ def train_batches(
   bounds = [source.num_examples * part // shards for part in range(shards + 1)]
   owned = range(shards * process_index // process_count, shards * (process_index + 1) // process_count)
   if source.examples is None:
-    streams = [
-      _streamed_part(
+    plans = [
+      _epoch_plans(
         sources.cut(source.pieces, bounds[part], bounds[part + 1]),
         bounds[part],
         key=(seed, part),
@@ -62,9 +62,7 @@ def train_batches(
       )
       for part in owned
     ]
-    # The blocks of the parts stay undecoded, and in their order, until all have come.
-    blocks = tf.data.Dataset.zip(tuple(stream.batch(count).prefetch(1) for stream in streams))
-    rows = blocks.map(NO_CONVERSION(lambda *parts: tf.nest.map_structure(lambda *x: tf.concat(x, 0), *parts)))
+    rows = _streamed_parts(plans, shuffle_window, count)
   else:
     steps = [
       _indexed_part(
@@ -169,12 +167,11 @@ def _indexed_part(begin, end, *, key, position, count):
     indices, epochs = indices[count:], epochs[count:]
 
 
-def _streamed_part(pieces, begin, *, key, position, window):
-  """Returns the (index, epoch, record) of one part from a position on; what lies before stays undecoded."""
+def _streamed_parts(plans, window, count):
+  """Returns undecoded blocks (index, epoch, record) of `count` rows, of each part in turn, by their plans."""
   vector = lambda dtype: tf.TensorSpec([None], dtype)
   scalar = tf.TensorSpec([], tf.int64)
   signature = (vector(tf.string), *[vector(tf.int64)] * 4, scalar, scalar)
-  plans = lambda: _epoch_plans(pieces, begin, key=key, position=position, window=window)
 
   @NO_CONVERSION
   def one_epoch(files, skips, takes, places, indices, epoch, done):
@@ -184,7 +181,13 @@ def _streamed_part(pieces, begin, *, key, position, window):
     rows = shuffled.prefetch(1).unbatch().skip(done)
     return rows.map(lambda index, record: (index, epoch, record))
 
-  return tf.data.Dataset.from_generator(plans, output_signature=signature).flat_map(one_epoch)
+  @NO_CONVERSION
+  def one_part(number):
+    epochs = tf.data.Dataset.from_generator(lambda k: plans[k], args=(number,), output_signature=signature)
+    return epochs.flat_map(one_epoch).batch(count).prefetch(1)
+
+  # One block of each part in turn: the parts' order is that of the blocks in the batch.
+  return tf.data.Dataset.range(len(plans)).interleave(one_part, cycle_length=len(plans), block_length=1)
 
 
 def _epoch_plans(pieces: Sequence[sources.Piece], begin, *, key, position, window):

@@ -139,13 +139,13 @@ def decode_image(encoded):
 def _npz(path, split):
   if not os.path.isfile(path):
     raise errors.UserError(f'no file "{path}" for the source arrays; set data_dir to an .npz file.')
-  try:
-    file = np.load(path)
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-    raise errors.UserError(f'"{path}" is no .npz file ({error}); write it with np.savez.') from error
-  if not isinstance(file, Mapping):
-    raise errors.UserError(f'"{path}" holds one array, wanted several by name; write it with np.savez.')
-  with file:
+  with open(path, "rb") as stream:
+    try:
+      file = np.load(stream)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+      raise errors.UserError(f'"{path}" is no .npz file ({error}); write it with np.savez.') from error
+    if not isinstance(file, Mapping):
+      raise errors.UserError(f'"{path}" holds one array, wanted several by name; write it with np.savez.')
     return from_arrays(file, split, name=os.path.basename(path))
 
 

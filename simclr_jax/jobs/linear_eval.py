@@ -134,7 +134,7 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
     recipe.batch_size,
     setup.describe(mesh),
   )
-  state = training_loop.train(
+  _, result = training_loop.train(
     state,
     step_fn,
     rows,
@@ -149,7 +149,7 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
     evaluate=evaluate,
     evaluate_every_steps=setup.every(recipe.evaluate_every_epochs, **sizes),
   )
-  return _finish(workdir, job, {**evaluate(state), "checkpoint": config.checkpoint, "steps": total_steps})
+  return _finish(workdir, job, {**result, "checkpoint": config.checkpoint, "steps": total_steps})
 
 
 def _held_out_accuracy(model, rows, mesh):

@@ -124,7 +124,7 @@ def run(config, workdir: str) -> dict[str, float]:
     f"{state_lib.count(state.params['encoder']):,}",
     setup.describe(mesh),
   )
-  state = training_loop.train(
+  _, result = training_loop.train(
     state,
     step_fn,
     rows,
@@ -139,7 +139,7 @@ def run(config, workdir: str) -> dict[str, float]:
     evaluate=evaluate,
     evaluate_every_steps=setup.every(config.evaluate_every_epochs, **sizes),
   )
-  return _finish(config, workdir, rows, evaluate(state) if evaluate else {})
+  return _finish(workdir, rows, result)
 
 
 def views_of(config):
@@ -174,7 +174,7 @@ def _online_accuracy(config, model, mesh):
   return evaluate
 
 
-def _finish(config, workdir, rows, result):
+def _finish(workdir, rows, result):
   if jax.process_index() == 0:
     folder = epath.Path(workdir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -160,7 +160,7 @@ def checkpoints_of(config, workdir: str, *, job: str, examples: int, batch_size:
   )
 
 
-def fits(config, ours: dict, theirs: dict, path: str) -> None:
+def fits(ours: dict, theirs: dict, path: str) -> None:
   """Raises a UserError if the command asks for another encoder than the checkpoint's."""
   for key, value in theirs["model"].items():
     # Compute precision is the reader's choice; the arrays are the same.
