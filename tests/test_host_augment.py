@@ -204,6 +204,14 @@ def test_a_crop_that_no_attempt_finds_is_the_whole_image():
   np.testing.assert_array_equal(host_augment.crop_box([1, 2], 1, 500), [0, 0, 1, 500])
 
 
+def test_a_crop_is_sought_many_times_before_the_whole_image_is_taken():
+  # Most attempts in this range end below the law's floor of 0.1.
+  boxes = draws(
+    lambda seed: tf.cast(host_augment.crop_box(seed, 100, 100, area=(0.08, 0.105)), tf.float32), 300
+  )
+  assert boxes[:, 2].max() < 50
+
+
 def test_the_ranges_of_the_crop_can_be_set():
   law = {"area": (0.5, 0.6), "aspect": (1.9, 2.1)}
   boxes = draws(lambda seed: tf.cast(host_augment.crop_box(seed, 300, 600, **law), tf.float32), 300)

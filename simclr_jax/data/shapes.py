@@ -2,150 +2,187 @@
 
 import numpy as np
 
-CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "saltire", "crescent", "bars")
+from simclr_jax import errors
 
 SPLITS = ("train", "test")
-GRID = 3
-CELLS = GRID * GRID
-SHARE = 0.78
-KNOTS = 4
-STROKES = 6
-BLOCK = 250
-CELL_NUMBERS = 16
-STROKE_NUMBERS = 8
-NUMBERS = KNOTS * KNOTS * 3 + CELLS * CELL_NUMBERS + STROKES * STROKE_NUMBERS
-RMIN, RMAX = 0.105, 0.165
-ROT = 0.35
+CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "saltire", "crescent", "bars")
+SMALLEST = 16  # pixels a side; below it a person cannot tell the shapes
+
+COPIES = 4  # places for the shape, in a jittered grid of two by two; lengths are shares of the image's side
+SHARE = 0.9  # of the places that hold a copy
+RADIUS = (0.165, 0.225)
+JITTER = 0.15
+TURN = 0.3  # radians either way; a plus and a saltire differ by 0.79
+INK = 0.8
+GROUND = 0.35
+LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
+
+KNOTS = 6
+STROKES = 4
+SECTIONS = np.cumsum([KNOTS * KNOTS * 3, STROKES * 8, 2])  # where the numbers of one image are cut
+NUMBERS = int(SECTIONS[-1]) + COPIES * 12
+BLOCK = 250  # images drawn at once: the working arrays stay in the processor's cache
 
 
-def draw(split, count, size, seed):
-  stream = SPLITS.index(split)
-  order = np.random.default_rng([seed, stream, 0]).random((-(-count // len(CLASS_NAMES)), len(CLASS_NAMES)))
-  labels = np.argsort(order, axis=1).reshape(-1)[:count].astype(np.int32)
-  numbers = np.random.default_rng([seed, stream, 1])  # filled row by row: image i owns row i
+def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the first `count` images of a split, u8[count, size, size, 3], and their classes, i32[count].
+
+  Image i depends on the split, i, `size` and `seed` only, and each ten images from a multiple of ten on have one of every
+  class. An image shows several copies of its shape, each with a colour, texture, scale, place and turn of its own, so
+  that two crops of it share the shape and little else. What else they could share tells neither the image nor the class:
+  all shapes have the same mean area and luma, all grounds the same luma, and the grid of copies is shifted around the
+  edges by a random amount, which makes every pixel's distribution that of its neighbours.
+  """
+  if split not in SPLITS:
+    raise errors.UserError(
+      f'the shapes have no split "{split}"; their splits: {", ".join(SPLITS)}{errors.nearest(split, SPLITS)}'
+    )
+  if count < 0 or seed < 0 or size < SMALLEST:
+    raise errors.UserError(
+      f"{count} shapes of {size} pixels from seed {seed}; set a count and a seed of at least 0, a size of at least {SMALLEST}."
+    )
+  classes = len(CLASS_NAMES)
+  deals = np.random.default_rng([seed, SPLITS.index(split), 0]).random((-(-count // classes), classes))
+  labels = deals.argsort(axis=1).reshape(-1)[:count].astype(np.int32)
+  rng = np.random.default_rng([seed, SPLITS.index(split), 1])  # read row by row: row i is image i's
   images = np.empty((count, size, size, 3), np.uint8)
   for start in range(0, count, BLOCK):
-    block = labels[start : start + BLOCK]
-    images[start : start + BLOCK] = _draw_block(block, numbers.random((len(block), NUMBERS)), size)
+    block = slice(start, min(start + BLOCK, count))
+    images[block] = _draw_block(labels[block], rng.random((block.stop - start, NUMBERS)), size)
   return images, labels
 
 
 def _draw_block(labels, numbers, size):
+  """labels i32[n], numbers f64[n, NUMBERS] in [0, 1) -> u8[n, size, size, 3]."""
   n = len(labels)
-  numbers = numbers.astype(np.float32)
-  a, b = KNOTS * KNOTS * 3, KNOTS * KNOTS * 3 + CELLS * CELL_NUMBERS
-  canvas = _background(numbers[:, :a].reshape(n, KNOTS, KNOTS, 3), size)
-  _strokes(canvas, numbers[:, b:].reshape(n, STROKES, STROKE_NUMBERS))
-  cells = numbers[:, a:b].reshape(n, CELLS, CELL_NUMBERS)
-  for label in range(len(CLASS_NAMES)):
+  knots, strokes, shift, copies = np.split(numbers.astype(np.float32), SECTIONS, axis=1)
+  canvas = _ground(knots.reshape(n, KNOTS, KNOTS, 3), size)
+  for stroke in np.split(strokes, STROKES, axis=1):
+    _paint_stroke(canvas, stroke)
+  copies = copies.reshape(n, COPIES, -1)
+  # The copy with the smallest number is always there, so no image is without its shape.
+  present = copies[..., 0] <= np.maximum(SHARE, copies[..., 0].min(axis=1, keepdims=True))
+  for label, distance in enumerate(DISTANCES):
     rows = np.flatnonzero(labels == label)
-    if len(rows):
-      part = canvas[rows]
-      _copies(part, cells[rows], label)
-      canvas[rows] = part
-  return np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8)
+    part = canvas[rows]
+    for place in range(COPIES):
+      _paint_copy(part, distance, EVEN[label], place, present[rows, place], shift[rows], copies[rows, place])
+    canvas[rows] = part
+  return np.clip(255 * canvas + 0.5, 0, 255).astype(np.uint8)
 
 
-def _background(knots, size):
-  t = (np.arange(size, dtype=np.float32) + 0.5) / size * (KNOTS - 1)
-  w = np.clip(1 - np.abs(t[:, None] - np.arange(KNOTS, dtype=np.float32)), 0, 1)
-  knots = 0.25 + 0.5 * knots
-  return np.einsum("yk,nklc,xl->nyxc", w, knots, w, optimize=True)
+def _ground(knots, size):
+  """Blends the knots' colours linearly: f32[n, K, K, 3] -> f32[n, size, size, 3] of even luma."""
+  n = len(knots)
+  position = (np.arange(size, dtype=np.float32) + 0.5) / size * (KNOTS - 1)
+  weights = np.clip(1 - np.abs(position[:, None] - np.arange(KNOTS, dtype=np.float32)), 0, 1)
+  tinted = GROUND + 0.5 * _chroma(knots)
+  columns = (weights @ tinted.reshape(n, KNOTS, KNOTS * 3)).reshape(n, size, KNOTS, 3)
+  return weights @ columns
 
 
-def _strokes(canvas, numbers):
-  n, size = canvas.shape[:2]
-  y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size] * 2, indexing="ij")
-  for k in range(STROKES):
-    p = numbers[:, k, :, None, None]
-    c, s = np.cos(p[:, 2] * np.pi), np.sin(p[:, 2] * np.pi)
-    dx, dy = x - p[:, 0], y - p[:, 1]
-    along, across = np.abs(c * dx + s * dy), np.abs(c * dy - s * dx)
-    d = np.maximum(along - (0.03 + 0.12 * p[:, 3]), across - (0.012 + 0.012 * p[:, 4]))
-    alpha = np.clip(0.5 - d * size, 0, 1)[..., None]
-    canvas += alpha * (numbers[:, k, None, None, 5:8] - canvas)
+def _chroma(colour):
+  return colour - (colour * LUMA).sum(axis=-1, keepdims=True)
 
 
-def _colour(p):
-  """Light or dark."""
-  light = (p[:, 0] > 0.5)[:, None]
-  return np.where(light, 1 - 0.45 * p[:, 1:4], 0.45 * p[:, 1:4]) .astype(np.float32)
+def _paint_stroke(canvas, numbers):
+  """Clutter: a short line of any colour, f32[n, 8], on all images of the canvas."""
+  size = canvas.shape[1]
+  x, y, turn, length, width = numbers[:, :5].T[..., None, None]
+  u, v = _local(size, x, y, np.pi * turn)
+  distance = np.maximum(np.abs(u) - 0.03 - 0.12 * length, np.abs(v) - 0.012 - 0.012 * width)
+  _blend(canvas, distance, numbers[:, None, None, 5:])
 
 
-def _copies(canvas, cells, label):
-  n, size = canvas.shape[:2]
-  y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size] * 2, indexing="ij")
-  for k in range(CELLS):
-    p = cells[:, k]
-    q = p[:, :, None, None]
-    radius = (RMIN + (RMAX - RMIN) * q[:, 2]) * SCALE[label]
-    cx = (k % GRID + 0.5 + 0.5 * (q[:, 0] - 0.5)) / GRID
-    cy = (k // GRID + 0.5 + 0.5 * (q[:, 1] - 0.5)) / GRID
-    angle = ROT * (2 * q[:, 3] - 1)
-    c, s = np.cos(angle) / radius, np.sin(angle) / radius
-    dx, dy = x - cx, y - cy
-    u, v = c * dx + s * dy, c * dy - s * dx
-    present = (p[:, 4] < SHARE) | (k == CELLS // 2)
-    distance = SHAPES[label](u, v) * radius * size
-    alpha = np.clip(0.5 - distance, 0, 1) * present[:, None, None]
-    colour = _colour(p[:, 5:9])
-    # fill texture: a wave in brightness
-    freq, phase = 2 + 4 * q[:, 9], 2 * np.pi * q[:, 10]
-    c, s = np.cos(q[:, 11] * np.pi) * freq, np.sin(q[:, 11] * np.pi) * freq
-    wave = 0.22 * q[:, 12] * np.sin(c * u + s * v + phase)
-    fill = colour[:, None, None] + wave[..., None]
-    canvas += alpha[..., None] * (fill - canvas)
+def _paint_copy(canvas, distance, even, place, present, shift, numbers):
+  """One copy of a shape, with numbers f32[n, 12], where `present`, bool[n], on the canvas, f32[n, size, size, 3]."""
+  size = canvas.shape[1]
+  _, x, y, scale, turn, frequency, phase, course, depth = numbers[:, :9].T[..., None, None]
+  radius = even * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * scale)
+  across, down = shift.T[..., None, None]
+  x = across + 0.5 * (place % 2) + JITTER * (2 * x - 1)
+  y = down + 0.5 * (place // 2) + JITTER * (2 * y - 1)
+  u, v = _local(size, x, y, TURN * (2 * turn - 1))
+  u, v = u / radius, v / radius
+  wave = np.sin(
+    (2 + 4 * frequency) * (np.cos(np.pi * course) * u + np.sin(np.pi * course) * v) + 2 * np.pi * phase
+  )
+  fill = INK + 0.5 * _chroma(numbers[:, None, None, 9:]) + (0.12 * depth * wave)[..., None]
+  _blend(canvas, np.where(present[:, None, None], radius * distance(u, v), 1), fill)
+
+
+def _local(size, x, y, turn):
+  """Coordinates of all pixels, f32[n, size, size] twice, seen from (x, y) the shorter way around the edges, turned."""
+  pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
+  dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
+  dx, dy = dx - np.round(dx), dy - np.round(dy)
+  cos, sin = np.cos(turn), np.sin(turn)
+  return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def _blend(canvas, distance, colour):
+  """Paints where the distance is negative, with an edge one pixel wide."""
+  cover = np.clip(0.5 - canvas.shape[1] * distance, 0, 1)[..., None]
+  canvas += cover * (colour - canvas)
+
+
+# Each shape is a signed distance from its edge, negative inside, in units of its radius. y points down.
 
 
 def _disc(u, v):
   return np.sqrt(u * u + v * v) - 0.85
 
+
 def _ring(u, v):
   return np.abs(np.sqrt(u * u + v * v) - 0.75) - 0.23
+
 
 def _square(u, v):
   return np.maximum(np.abs(u), np.abs(v)) - 0.76
 
+
 def _frame(u, v):
   return np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.68) - 0.19
 
+
 def _triangle(u, v):
-  return np.maximum(v, 0.8660254 * np.abs(u) - 0.5 * v) - 0.58
+  return np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.58
+
 
 def _star(u, v):
-  r = np.sqrt(u * u + v * v)
-  a = np.arctan2(u, -v)
-  w = 2 * np.pi / 5
-  a = np.abs(a - w * np.round(a / w))
-  tip = 1.15
-  ix, iy = 0.55 * np.cos(w / 2), 0.55 * np.sin(w / 2)
-  nx, ny = iy, tip - ix
-  norm = np.hypot(nx, ny)
-  nx, ny = np.float32(nx / norm), np.float32(ny / norm)
-  return r * (nx * np.cos(a) + ny * np.sin(a)) - nx * np.float32(tip)
+  tip, notch, sector = 1.15, 0.55, 2 * np.pi / 5
+  angle = np.arctan2(u, -v)
+  angle = np.abs(angle - sector * np.round(angle / sector))  # from the nearest tip
+  edge = np.array([notch * np.sin(sector / 2), tip - notch * np.cos(sector / 2)])
+  across, along = (edge[::-1] / np.hypot(*edge)).astype(np.float32)[::-1]
+  return np.sqrt(u * u + v * v) * (across * np.cos(angle) + along * np.sin(angle)) - across * np.float32(tip)
+
 
 def _plus(u, v):
   u, v = np.abs(u), np.abs(v)
   return np.maximum(np.minimum(u, v) - 0.33, np.maximum(u, v) - 0.95)
 
+
 def _saltire(u, v):
-  h = np.float32(0.70710678)
-  return _plus(h * (u + v), h * (u - v))
+  return _plus(0.7071 * (u + v), 0.7071 * (u - v))
+
 
 def _crescent(u, v):
-  outer = np.sqrt(u * u + v * v) - 1.0
-  return np.maximum(outer, 0.8 - np.sqrt((u - 0.55) ** 2 + v * v))
+  return np.maximum(np.sqrt(u * u + v * v) - 1, 0.8 - np.sqrt((u - 0.55) ** 2 + v * v))
+
 
 def _bars(u, v):
   return np.maximum(np.abs(np.abs(v) - 0.55) - 0.28, np.abs(u) - 0.9)
 
-SHAPES = (_disc, _ring, _square, _frame, _triangle, _star, _plus, _saltire, _crescent, _bars)
+
+DISTANCES = (_disc, _ring, _square, _frame, _triangle, _star, _plus, _saltire, _crescent, _bars)
 
 
-def _areas():
-  g = (np.arange(400, dtype=np.float32) + 0.5) / 400 * 2.6 - 1.3
-  v, u = np.meshgrid(g, g, indexing="ij")
-  return np.array([(f(u, v) < 0).mean() * 2.6**2 for f in SHAPES])
+def _even_scales():
+  """Returns the factors, f32[10], that give all shapes an area of 2 at radius 1."""
+  side = np.linspace(-1.3, 1.3, 400, dtype=np.float32)
+  areas = np.array([2.6**2 * np.mean(distance(side[None, :], side[:, None]) < 0) for distance in DISTANCES])
+  return np.sqrt(2 / areas).astype(np.float32)
 
 
-SCALE = np.sqrt(2.0 / _areas()).astype(np.float32)
+EVEN = _even_scales()
