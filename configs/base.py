@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.name = "cifar10"  # Of the TFDS data set, with /config where it has one.
   c.data.dir = ""  # TFDS data_dir ("" is its default), the folder of images, or the .npz file.
   c.data.train_split = "train"  # Sub-splits too: train[:90%].
-  c.data.eval_split = "test"
+  c.data.eval_split = "test"  # "" pretrains without looking at held-out images.
   c.data.image_size = 32  # Pixels, what the network sees.
   c.data.shards = 16  # Parts with an order of their own; hosts divide them, they divide the batch.
   c.data.shuffle_window = 2048  # Records of a part shuffled together where the data does not fit in memory.

@@ -75,6 +75,10 @@ def test_the_reference_s_names_and_shapes_are_those_of_our_network(reference, na
     (dict(depth=34, se_ratio=0.1), dict(depth=34, stem="large", squeeze=True)),
     (dict(depth=50, width=2, small_images=True), dict(depth=50, stem="small")),
     (
+      dict(depth=50, se_ratio=0.2, small_images=True),
+      dict(depth=50, stem="small", squeeze=True),
+    ),
+    (
       dict(depth=50, sk_ratio=0.2, small_images=True),
       dict(depth=50, stem="small", selective=True),
     ),

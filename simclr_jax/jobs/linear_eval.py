@@ -87,6 +87,8 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
   pretrained = config.checkpoint not in ("", RANDOM)
   if pretrained:
     setup.fits(config.to_dict(), checkpoint.read_config(config.checkpoint), config.checkpoint)
+  if not config.data.eval_split:
+    raise errors.UserError(f"{job} counts on held-out images; set --config.data.eval_split, for example to test.")
   train = setup.source_of(config, config.data.train_split)
   held_out = setup.source_of(config, config.data.eval_split)
   if not train.num_classes:

@@ -96,7 +96,7 @@ def run(config, workdir: str) -> dict[str, float]:
   )
   sizes = {"examples": train.num_examples, "batch_size": config.batch_size}
   rows = setup.train_rows(config, train, views_of(config), batch_size=config.batch_size, key="batch_size")
-  evaluate = _online_accuracy(config, model, mesh) if classes else None
+  evaluate = _online_accuracy(config, model, mesh) if classes and config.data.eval_split else None
   checkpoints = setup.checkpoints_of(config, workdir, job="pretrain", **sizes)
 
   state = state_lib.create(*state_lib.variables(model, config.data.image_size, config.seed, mesh), tx)

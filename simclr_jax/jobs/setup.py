@@ -66,8 +66,7 @@ def train_rows(config, source, transform, *, batch_size: int, key: str):
   """Returns first step -> this process's rows of every batch from then on."""
   if source.num_examples < batch_size:
     raise errors.UserError(
-      f"{source.num_examples} training images cannot fill a batch of config.{key} = {batch_size}; "
-      "choose a smaller batch, so that none appears twice in it."
+      f"{source.num_examples} training images cannot fill a batch of config.{key} = {batch_size}; choose a smaller one."
     )
   return lambda step: pipeline.train_batches(
     source,

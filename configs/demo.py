@@ -1,0 +1,53 @@
+"""The built-in shapes with a small ResNet: what `make demo` runs, a few minutes on two CPU cores.
+
+  python -m simclr_jax demo --config=configs/demo.py --workdir=runs/demo
+
+The recipe follows v1 with what a small, easy data set needs: weaker colour distortion, more grayscale (copies of a shape
+have colours of their own, so colour is only a distraction), larger crops (a crop should show at least one whole shape).
+README.md has the measured accuracies.
+"""
+
+from configs import base
+
+
+def get_config():
+  c = base.get_config()
+  c.batch_size = 128
+  c.total_epochs = 20.0
+
+  c.data.source = "shapes"
+  c.data.name = ""
+  c.data.examples = 6000
+  c.data.image_size = 32
+
+  c.augment.min_area = 0.25
+  c.augment.color_strength = 0.4
+  c.augment.grayscale_probability = 0.6
+  c.augment.blur_probability = 0.0
+
+  c.model.depth = 10
+  c.model.width = 0.25
+
+  c.head.layers = 2
+  c.head.out_dim = 64
+
+  c.loss.temperature = 0.2
+  c.loss.scale = 1.0
+
+  c.optimizer.base_learning_rate = 6.0
+  c.optimizer.warmup_epochs = 1.3
+  c.optimizer.weight_decay = 1e-4
+
+  c.log_every_steps = 10
+  c.evaluate_every_epochs = 5.0
+  c.checkpoint_every_epochs = 5.0
+
+  c.linear_eval.batch_size = 128
+  c.linear_eval.total_epochs = 10.0
+  c.finetune.batch_size = 128
+  c.finetune.total_epochs = 10.0
+  c.finetune.zero_init = False
+  c.finetune.optimizer.base_learning_rate = 0.1
+  c.finetune.optimizer.warmup_epochs = 1.0
+  c.finetune.optimizer.weight_decay = 1e-4
+  return c
