@@ -21,8 +21,8 @@ def get_config():
   c.data.image_size = 32
 
   c.augment.min_area = 0.25
-  c.augment.color_strength = 0.4
-  c.augment.grayscale_probability = 0.6
+  c.augment.color_strength = 0.2
+  c.augment.grayscale_probability = 0.7
   c.augment.blur_probability = 0.0
 
   c.model.depth = 10

@@ -71,7 +71,7 @@ def encoder_layers(depth: int, *, stem: str, selective: bool, squeeze: bool) -> 
 
 
 def encoder_paths(layers: Iterable[Conv | Norm]) -> dict[str, Path]:
-  """Returns reference name -> (collection, "encoder", module..., leaf) for `encoder_layers(...)`."""
+  """Returns reference name -> (collection, "encoder", module..., leaf) for these layers."""
   result = {}
   convs = norms = 0
   for layer in layers:

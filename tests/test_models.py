@@ -42,7 +42,7 @@ def converted(arrays, dtype):
 
 
 def run(arrays, variables, dtype):
-  """Returns `{mode: (hiddens, logits, endpoints, batch_stats afterwards)}` of a fixture's network."""
+  """Returns `{mode: (hiddens, logits, endpoints, batch_stats after)}` of a fixture's network."""
   kwargs = {"dtype": dtype, "param_dtype": dtype}
   model = EveryOutput(
     resnet.ResNet(
@@ -350,7 +350,7 @@ def dtypes_of(tree):
 
 
 def trained(model, images):
-  """Returns variables, and outputs and statistics after one pass in train mode, as shapes and types."""
+  """Returns variables, outputs and new statistics of one pass in train mode, as shapes and types."""
   variables = abstract(model, images, train=True)
   apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
   outputs, state = jax.eval_shape(apply, variables, images)

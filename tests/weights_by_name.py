@@ -1,4 +1,4 @@
-"""Weights that follow from their names alone: how the reference's fixtures do without shipping any."""
+"""Weights that follow from their names alone, so that the fixtures need not ship any."""
 
 import math
 import zlib

@@ -47,7 +47,7 @@ def train_batches(
   Yields:
     what `transform` gives, stacked, and `label` i32[n] (-1: none), `index` i64[n], the position in the split.
   """
-  _check(source, batch_size, shards, seed, shuffle_window, process_count)
+  check(source, batch_size, shards, seed, shuffle_window, process_count)
   count = batch_size // shards
   bounds = [source.num_examples * part // shards for part in range(shards + 1)]
   owned = range(shards * process_index // process_count, shards * (process_index + 1) // process_count)
@@ -230,7 +230,7 @@ def _padded(batches, empty, count):
     yield {**batch, "mask": (np.arange(local) < have).astype(np.float32)}
 
 
-def _check(source, batch_size, shards, seed, shuffle_window, process_count):
+def check(source, batch_size, shards, seed, shuffle_window, process_count):
   """Raises a UserError for numbers that do not fit each other."""
   if shards < 1 or batch_size < 1 or batch_size % shards:
     raise errors.UserError(

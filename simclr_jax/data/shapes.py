@@ -9,16 +9,17 @@ CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "s
 SMALLEST = 16  # pixels a side; below it a person cannot tell the shapes
 
 COPIES = 4  # places for the shape, in a jittered grid of two by two; lengths are shares of the image's side
-SHARE = 0.9  # of the places that hold a copy
-RADIUS = (0.165, 0.225)
+SHARE = 0.65  # of the places that hold a copy
+RADIUS = (0.14, 0.24)
 JITTER = 0.15
 TURN = 0.3  # radians either way; a plus and a saltire differ by 0.79
 INK = 0.8
+WAVE = 0.3
 GROUND = 0.35
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
 KNOTS = 6
-STROKES = 4
+STROKES = 6
 SECTIONS = np.cumsum([KNOTS * KNOTS * 3, STROKES * 8, 2])  # where the numbers of one image are cut
 NUMBERS = int(SECTIONS[-1]) + COPIES * 12
 BLOCK = 250  # images drawn at once: the working arrays stay in the processor's cache
@@ -107,7 +108,7 @@ def _paint_copy(canvas, distance, even, place, present, shift, numbers):
   wave = np.sin(
     (2 + 4 * frequency) * (np.cos(np.pi * course) * u + np.sin(np.pi * course) * v) + 2 * np.pi * phase
   )
-  fill = INK + 0.5 * _chroma(numbers[:, None, None, 9:]) + (0.12 * depth * wave)[..., None]
+  fill = INK + 0.5 * _chroma(numbers[:, None, None, 9:]) + (WAVE * depth * wave)[..., None]
   _blend(canvas, np.where(present[:, None, None], radius * distance(u, v), 1), fill)
 
 

@@ -68,16 +68,16 @@ def train_rows(config, source, transform, *, batch_size: int, key: str):
     raise errors.UserError(
       f"{source.num_examples} training images cannot fill a batch of config.{key} = {batch_size}; choose a smaller one."
     )
+  order = {
+    "batch_size": batch_size,
+    "shards": config.data.shards,
+    "seed": config.seed,
+    "shuffle_window": config.data.shuffle_window,
+    "process_count": jax.process_count(),
+  }
+  pipeline.check(source, **order)
   return lambda step: pipeline.train_batches(
-    source,
-    transform,
-    batch_size=batch_size,
-    shards=config.data.shards,
-    seed=config.seed,
-    start_step=step,
-    shuffle_window=config.data.shuffle_window,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    source, transform, start_step=step, process_index=jax.process_index(), **order
   )
 
 

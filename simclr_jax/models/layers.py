@@ -44,7 +44,7 @@ class Layers:
   def batch_norm(
     self, *, train: bool, zero_scale: bool = False, bias: bool = True, name: str
   ) -> nn.BatchNorm:
-    """Returns a batch normalisation over the whole (global) batch; its output is in at least float32.
+    """Returns a batch normalisation over the global batch; its output is in at least float32.
 
     Moving averages decay by 0.9 and hold the biased variance. There is no axis name: under jit
     the mean over a sharded batch already is the mean over all devices.
@@ -67,7 +67,7 @@ class Layers:
     )
 
   def dense(self, features: int, *, name: str) -> nn.Dense:
-    """Returns a dense layer without bias, drawn from N(0, 0.01^2) as in both heads of the reference."""
+    """Returns a dense layer without bias, drawn from N(0, 0.01^2) as the reference's heads."""
     return nn.Dense(
       features,
       use_bias=False,

@@ -1,4 +1,4 @@
-"""The two networks that the jobs train: SimCLR for pretraining, a classifier for everything after."""
+"""The two networks that the jobs train: SimCLR for pretraining, a classifier afterwards."""
 
 import flax.linen as nn
 import jax
