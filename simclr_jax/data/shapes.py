@@ -1,4 +1,4 @@
-"""The built-in data set: ten classes of shapes, drawn from a seed, several copies of one shape in every image."""
+"""The built-in data set: ten classes of shapes drawn from a seed, several copies of one shape an image."""
 
 import numpy as np
 
@@ -8,18 +8,19 @@ SPLITS = ("train", "test")
 CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "saltire", "crescent", "bars")
 SMALLEST = 16  # pixels a side; below it a person cannot tell the shapes
 
-COPIES = 4  # places for the shape, in a jittered grid of two by two; lengths are shares of the image's side
-SHARE = 0.65  # of the places that hold a copy
-RADIUS = (0.14, 0.24)
+# Lengths are shares of the image's side, colours are in [0, 1].
+COPIES = 4  # places for the shape: a jittered grid of two by two
+SHARE = 0.9  # of the places that hold a copy
+RADIUS = (0.165, 0.225)  # before all shapes are brought to one area
 JITTER = 0.15
-TURN = 0.3  # radians either way; a plus and a saltire differ by 0.79
+TURN = 0.3  # radians either way; a plus and a saltire are 0.79 apart
+# Equal luma, so that only colour tells one image's copies from another's: grayscale views then share the shape.
 INK = 0.8
-WAVE = 0.3
 GROUND = 0.35
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
-
-KNOTS = 6
-STROKES = 6
+WAVE = 0.12  # of luma, at most, in the texture of a copy
+KNOTS = 6  # a side, of the ground's colour
+STROKES = 4
 SECTIONS = np.cumsum([KNOTS * KNOTS * 3, STROKES * 8, 2])  # where the numbers of one image are cut
 NUMBERS = int(SECTIONS[-1]) + COPIES * 12
 BLOCK = 250  # images drawn at once: the working arrays stay in the processor's cache
@@ -28,11 +29,12 @@ BLOCK = 250  # images drawn at once: the working arrays stay in the processor's 
 def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the first `count` images of a split, u8[count, size, size, 3], and their classes, i32[count].
 
-  Image i depends on the split, i, `size` and `seed` only, and each ten images from a multiple of ten on have one of every
-  class. An image shows several copies of its shape, each with a colour, texture, scale, place and turn of its own, so
-  that two crops of it share the shape and little else. What else they could share tells neither the image nor the class:
-  all shapes have the same mean area and luma, all grounds the same luma, and the grid of copies is shifted around the
-  edges by a random amount, which makes every pixel's distribution that of its neighbours.
+  Image i is a function of the split, i, `size` and `seed` alone, and every ten images, counted from
+  the first, have each class once. An image shows several copies of its shape, each with a colour,
+  texture, scale, place and turn of its own, so that two crops share the shape and little else. The
+  rest is made the same for all images and classes: the mean area of a shape, the luma of shapes and
+  of grounds, and, as the copies are shifted around the edges by a random amount, what a single
+  pixel can be.
   """
   if split not in SPLITS:
     raise errors.UserError(
@@ -40,7 +42,8 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
     )
   if count < 0 or seed < 0 or size < SMALLEST:
     raise errors.UserError(
-      f"{count} shapes of {size} pixels from seed {seed}; set a count and a seed of at least 0, a size of at least {SMALLEST}."
+      f"{count} shapes of {size} pixels from seed {seed}; set a count and a seed of at least 0,"
+      f" and a size of at least {SMALLEST}."
     )
   classes = len(CLASS_NAMES)
   deals = np.random.default_rng([seed, SPLITS.index(split), 0]).random((-(-count // classes), classes))
@@ -87,7 +90,7 @@ def _chroma(colour):
 
 
 def _paint_stroke(canvas, numbers):
-  """Clutter: a short line of any colour, f32[n, 8], on all images of the canvas."""
+  """Paints clutter, a short line of any colour from f32[n, 8], on f32[n, size, size, 3]."""
   size = canvas.shape[1]
   x, y, turn, length, width = numbers[:, :5].T[..., None, None]
   u, v = _local(size, x, y, np.pi * turn)
@@ -96,7 +99,7 @@ def _paint_stroke(canvas, numbers):
 
 
 def _paint_copy(canvas, distance, even, place, present, shift, numbers):
-  """One copy of a shape, with numbers f32[n, 12], where `present`, bool[n], on the canvas, f32[n, size, size, 3]."""
+  """Paints one copy of a shape, from f32[n, 12], where `present`, bool[n], on f32[n, size, size, 3]."""
   size = canvas.shape[1]
   _, x, y, scale, turn, frequency, phase, course, depth = numbers[:, :9].T[..., None, None]
   radius = even * (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * scale)
@@ -113,7 +116,7 @@ def _paint_copy(canvas, distance, even, place, present, shift, numbers):
 
 
 def _local(size, x, y, turn):
-  """Coordinates of all pixels, f32[n, size, size] twice, seen from (x, y) the shorter way around the edges, turned."""
+  """Returns where the pixels are, f32[n, size, size] twice, seen from (x, y) the shorter way around the edges."""
   pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
   dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
   dx, dy = dx - np.round(dx), dy - np.round(dy)
