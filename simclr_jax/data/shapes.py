@@ -14,7 +14,7 @@ SHARE = 0.9  # of the places that hold a copy
 RADIUS = (0.165, 0.225)  # before all shapes are brought to one area
 JITTER = 0.15
 TURN = 0.3  # radians either way; a plus and a saltire are 0.79 apart
-# Equal luma, so that only colour tells one image's copies from another's: grayscale views then share the shape.
+# Even luma leaves the copies of two images different in colour only, and in grayscale in nothing but shape.
 INK = 0.8
 GROUND = 0.35
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
@@ -116,7 +116,7 @@ def _paint_copy(canvas, distance, even, place, present, shift, numbers):
 
 
 def _local(size, x, y, turn):
-  """Returns where the pixels are, f32[n, size, size] twice, seen from (x, y) the shorter way around the edges."""
+  """Returns the pixels' places, f32[n, size, size] twice, from (x, y) the shorter way around the edges."""
   pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
   dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
   dx, dy = dx - np.round(dx), dy - np.round(dy)
