@@ -2,8 +2,8 @@
 
   python -m simclr_jax demo --config=configs/demo.py --workdir=runs/demo
 
-The recipe follows v1 with what a small, easy data set needs: weaker colour distortion, more grayscale (copies of a shape
-have colours of their own, so colour is only a distraction), larger crops (a crop should show at least one whole shape).
+The recipe follows v1 with what a small data set and a short run need: larger crops (each should show a whole shape),
+and weak colour distortion with much grayscale: a copy of a shape has a colour of its own, which crops should not share.
 README.md has the measured accuracies.
 """
 

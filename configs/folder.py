@@ -4,8 +4,9 @@
   python -m simclr_jax linear_eval --config.checkpoint=runs/mine --workdir=runs/mine-linear
 
 With `my/images/train/CLASS/*.jpg` and `my/images/test/CLASS/*.jpg` both jobs work. For pretraining alone any folder of
-images does; add `--config.data.eval_split=` if it has class folders but no held-out ones. The recipe is the small-batch one of the SimCLR authors (reference, issue 166): square-root scaling, temperature 0.2.
-No accuracy is promised: it depends on the images.
+images does; add `--config.data.eval_split=` if it has class folders but no held-out ones. The recipe is the small-batch
+one of the SimCLR authors (issue 166 of google-research/simclr): square-root scaling, temperature 0.2. No accuracy is
+promised: it depends on the images.
 """
 
 from configs import base

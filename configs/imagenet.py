@@ -3,12 +3,13 @@
   python -m simclr_jax pretrain --config=configs/imagenet.py:v1 --config.data.dir=DIR --workdir=runs/imagenet
   python -m simclr_jax linear_eval --config.checkpoint=runs/imagenet --workdir=runs/imagenet-linear
 
-| variant   | recipe                                                                             | linear eval top-1 |
-| :v1       | v1 section 2.3 and appendix B: 2-layer head, 1000 epochs, weight decay 1e-6        | 69.3 (v1 table 6) |
-| :v2       | v2 section 3.1: 3-layer head, 800 epochs, 0.1 * sqrt(batch), 5 % warm-up, 1e-4     | 71.7 (v2 table 1, with its memory; 71.1 without) |
-| :readme   | the reference's README: 3-layer head, 100 epochs, 0.075 * sqrt(batch), 1e-4        | 64.5 |
+| variant | recipe                                                                         | linear eval top-1    |
+| :v1     | v1 section 2.3, appendix B: 2-layer head, 1000 epochs, weight decay 1e-6       | 69.3 (v1 table 6)    |
+| :v2     | v2 section 3.1: 3-layer head, 800 epochs, 0.1 * sqrt(batch), 5 % warm-up, 1e-4 | 71.7 (v2 table 1) *  |
+| :readme | the reference's README: 3-layer head, 100 epochs, 0.075 * sqrt(batch), 1e-4    | 64.5                 |
 
-Published figures, not reproduced here. Time: 100 epochs took the authors about 1.5 h on 128 TPU v3 cores (v1 section 2.3).
+Published figures, not reproduced here; * with v2's memory, 71.1 without (authors, issue 77 of google-research/simclr).
+Time: 100 epochs took the authors about 1.5 h on 128 TPU v3 cores (v1 section 2.3).
 """
 
 from configs import base

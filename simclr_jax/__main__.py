@@ -27,7 +27,7 @@ usage: python -m simclr_jax JOB --config=FILE[:VARIANT] [--config.KEY=VALUE ...]
 
   --config=FILE[:VARIANT]   an experiment, such as configs/cifar10.py or configs/imagenet.py:v1; jobs that read a
                             checkpoint use the one that it carries where this is left out
-  --config.KEY=VALUE        overrides one key, such as --config.optimizer.base_learning_rate=0.5; configs/base.py has all
+  --config.KEY=VALUE        overrides one key, such as --config.loss.temperature=0.5; configs/base.py has them all
   --workdir=DIR             where checkpoints, metrics and results go, local or gs://; the same command continues there
   --coordinator=HOST:PORT --processes=N --process=I
                             one of N processes of a run; on a TPU pod or under Slurm, --processes=auto finds all three

@@ -72,9 +72,7 @@ class Checkpoints:
     path = epath.Path(self.workdir) / "checkpoints" / str(latest.step)
     check(wanted, _shapes(path), str(path))
     parts = self._manager.load_checkpointables(latest.step, jax.tree.map(_abstract, wanted))
-    opt_state = jax.tree.unflatten(
-      jax.tree.structure(state.opt_state), jax.tree.leaves(parts[TRAINING]["opt_state"])
-    )
+    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), jax.tree.leaves(parts[TRAINING]["opt_state"]))
     restored = state_lib.TrainState(parts[TRAINING]["step"], **parts[MODEL], opt_state=opt_state)
     return restored, latest.step
 
@@ -129,7 +127,9 @@ def load_model(path: str, params, batch_stats) -> tuple[Any, Any]:
   for collection, tree in (("params", params), ("batch_stats", batch_stats)):
     for part in tree:
       if part not in saved.get(collection, {}):
-        raise errors.UserError(f"checkpoint {step} has no {collection}/{part}; it holds {_listed(saved.get(collection))}.")
+        raise errors.UserError(
+          f"checkpoint {step} has no {collection}/{part}; it holds {_listed(saved.get(collection))}."
+        )
   wanted = {"params": params, "batch_stats": batch_stats}
   check(wanted, {c: {p: saved[c][p] for p in wanted[c]} for c in wanted}, str(step))
   abstract = jax.tree.map(_abstract, wanted)

@@ -11,7 +11,8 @@ from sklearn import decomposition, manifold
 
 # The order keeps neighbours apart for colour-blind readers too (Okabe and Ito's set, then greys).
 COLORS = (
-  "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 #000000 #8C564B #999999 #6A3D9A #B15928".split()
+  *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"),
+  *("#F0E442", "#000000", "#8C564B", "#999999", "#6A3D9A", "#B15928"),
 )
 
 
@@ -54,12 +55,12 @@ def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path
     axis.set(title=heading, xlabel="step")
     axis.grid(alpha=0.3)
     if axis.lines:
-      axis.legend(frameon=False)
+      axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
   figure.suptitle(title)
   _save(figure, path)
 
 
-def embedding_map(features, labels, names, path: str, *, title: str, points: int = 1500, seed: int = 0) -> None:
+def embedding_map(features, labels, names, path: str, *, title: str, seed: int = 0) -> None:
   """Draws a t-SNE map of features, coloured by class.
 
   Args:
@@ -68,11 +69,10 @@ def embedding_map(features, labels, names, path: str, *, title: str, points: int
     names: class names, by label.
     path: of the PNG.
     title: above the map.
-    points: at most so many examples, the first ones.
     seed: of t-SNE.
   """
-  x = np.asarray(features[:points], np.float32)
-  labels = np.asarray(labels[:points])
+  x = np.asarray(features, np.float32)
+  labels = np.asarray(labels)
   # PCA first: distances in a few dozen directions are less noisy, and t-SNE takes seconds instead of minutes.
   x = decomposition.PCA(min(30, *x.shape), random_state=seed).fit_transform(x)
   perplexity = min(30.0, max(2.0, (len(x) - 1) / 4))

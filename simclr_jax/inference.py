@@ -32,9 +32,7 @@ def load_encoder(path: str):
   placement = sharding.replicated(sharding.data_mesh(jax.local_devices()[:1]))
   tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
   tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
-  params, batch_stats = checkpoint.load_model(
-    path, {"encoder": tree["params"]}, {"encoder": tree["batch_stats"]}
-  )
+  params, batch_stats = checkpoint.load_model(path, {"encoder": tree["params"]}, {"encoder": tree["batch_stats"]})
   variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
   apply = jax.jit(lambda x: model.apply(variables, x, train=False).astype(jnp.float32))
 

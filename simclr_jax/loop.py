@@ -41,7 +41,7 @@ def train(
   evaluate: Callable[[state_lib.TrainState], dict[str, float]] | None = None,
   evaluate_every_steps: int = 0,
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
-  """Returns the state after `total_steps` steps and its evaluation, going on from the newest checkpoint if there is one.
+  """Returns the state after `total_steps` steps and its evaluation, going on from the newest checkpoint if any.
 
   Args:
     state: before the first step; its arrays are donated.

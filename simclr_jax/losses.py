@@ -70,21 +70,15 @@ def _check(z: jax.Array, temperature: float | jax.Array, devices: int, block_siz
       f"nt_xent got z of shape {tuple(z.shape)}; it wants [N, 2, D], both views of an image together"
     )
   if z.shape[0] % devices:
-    raise errors.UserError(
-      f"nt_xent got {z.shape[0]} images for {devices} devices; use a multiple of {devices}"
-    )
+    raise errors.UserError(f"nt_xent got {z.shape[0]} images for {devices} devices; use a multiple of {devices}")
   if isinstance(temperature, int | float) and not temperature > 0:
     raise errors.UserError(f"nt_xent got temperature {temperature}; it must be positive, for example 0.1")
   if block_size is not None and block_size < 1:
-    raise errors.UserError(
-      f"nt_xent got block_size {block_size}; it must be at least 1, or None for {DEFAULT_BLOCK}"
-    )
+    raise errors.UserError(f"nt_xent got block_size {block_size}; it must be at least 1, or None for {DEFAULT_BLOCK}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _contrast(
-  z: jax.Array, temperature: jax.Array, axis: str | None, block: int
-) -> tuple[jax.Array, Metrics]:
+def _contrast(z: jax.Array, temperature: jax.Array, axis: str | None, block: int) -> tuple[jax.Array, Metrics]:
   """Returns loss and metrics of the whole batch from this device's f32[n, 2, D].
 
   Without an axis there is one device.
@@ -101,9 +95,7 @@ def _forward(z, temperature, axis, block):
   # Axes of the following four: view of the column, view of the row, image.
   before, after, sums, own = (
     jnp.stack(pair).reshape(2, 2, n)
-    for pair in zip(
-      *(_row_statistics(rows, examples, view, temperature, block) for view in columns), strict=True
-    )
+    for pair in zip(*(_row_statistics(rows, examples, view, temperature, block) for view in columns), strict=True)
   )
   positive = jnp.stack([own[1, 0], own[0, 1]])
   # As a distance between the positive and the negatives alone, a loss close to zero keeps its digits.

@@ -18,8 +18,7 @@ NORM_LEAVES = {
   "moving_variance": ("batch_stats", "var"),
 }
 LINEAR_HEAD_PATHS = {
-  f"head_supervised/linear_layer/dense/{leaf}": ("params", "linear_head", "dense", leaf)
-  for leaf in ("kernel", "bias")
+  f"head_supervised/linear_layer/dense/{leaf}": ("params", "linear_head", "dense", leaf) for leaf in ("kernel", "bias")
 }
 
 
@@ -157,9 +156,7 @@ def _fitting_layers(shapes: Mapping[str, tuple[int, ...]]) -> list[Conv | Norm]:
   sides = [kernels[number] for number in range(len(kernels))]
   # Biases decide first: a selective kernel's 1x1 convolutions look like squeeze-and-excite's.
   biases = any(re.fullmatch(r"base_model/conv2d(_\d+)?/bias", name) for name in shapes)
-  for squeeze, depth, stem, selective in itertools.product(
-    (biases, not biases), resnet.BLOCKS, STEMS, (False, True)
-  ):
+  for squeeze, depth, stem, selective in itertools.product((biases, not biases), resnet.BLOCKS, STEMS, (False, True)):
     layers = list(encoder_layers(depth, stem=stem, selective=selective, squeeze=squeeze))
     if sides == [layer.kernel for layer in layers if isinstance(layer, Conv)]:
       return layers

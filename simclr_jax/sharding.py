@@ -44,6 +44,5 @@ def check_divisible(batch_size: int, mesh: Mesh, *, name: str = "batch_size") ->
     below = batch_size // devices * devices
     choices = f"{below} or {below + devices}" if below > 0 else f"{devices}"
     raise errors.UserError(
-      f"{name} {batch_size} does not split over {devices} devices; "
-      f"use a multiple of {devices}, for example {choices}"
+      f"{name} {batch_size} does not split over {devices} devices; use a multiple of {devices}, for example {choices}"
     )

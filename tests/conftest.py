@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, fixtures from the reference, and the real data where it lies beside the project."""
+"""Eight virtual CPU devices for every test, fixtures from the reference, and the real data if it is there."""
 
 import os
 import pathlib

@@ -162,7 +162,5 @@ def test_a_folder_with_too_many_corrupt_images_stops_the_run(pretrain, tmp_path)
 
 @pytest.mark.parametrize("checkpoint", ["", "/nowhere"])
 def test_linear_eval_without_a_checkpoint_says_what_to_give(capsys, tmp_path, checkpoint):
-  message = fails(
-    capsys, "linear_eval", *SHAPES, f"--workdir={tmp_path}/run", f"--config.checkpoint={checkpoint}"
-  )
+  message = fails(capsys, "linear_eval", *SHAPES, f"--workdir={tmp_path}/run", f"--config.checkpoint={checkpoint}")
   assert "checkpoint" in message

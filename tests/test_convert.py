@@ -31,9 +31,7 @@ def abstract(model):
 def paths_of(depth=18, *, stem="small", selective=False, squeeze=False, layers=3, linear=False):
   described = reference.encoder_layers(depth, stem=stem, selective=selective, squeeze=squeeze)
   return (
-    reference.encoder_paths(described)
-    | reference.projection_paths(layers, linear=linear)
-    | reference.LINEAR_HEAD_PATHS
+    reference.encoder_paths(described) | reference.projection_paths(layers, linear=linear) | reference.LINEAR_HEAD_PATHS
   )
 
 

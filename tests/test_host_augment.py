@@ -28,9 +28,7 @@ def unit(image):
 def draws(function, count):
   """Returns `function` of `count` seeds, stacked."""
   seeds = tf.range(count, dtype=tf.int32)
-  mapped = tf.function(
-    lambda: tf.map_fn(lambda i: function(tf.stack([i, 7])), seeds, tf.float32), autograph=False
-  )
+  mapped = tf.function(lambda: tf.map_fn(lambda i: function(tf.stack([i, 7])), seeds, tf.float32), autograph=False)
   return mapped().numpy()
 
 
@@ -117,9 +115,7 @@ def test_blur_has_the_golden_taps_and_darkens_the_border():
   blurred = host_augment.gaussian_blur(point, 1.0, 3)[0, 3:6, 0]
   np.testing.assert_allclose(blurred, [0.274069, 0.451863, 0.274069], rtol=0, atol=1e-6)
   ones = host_augment.gaussian_blur(np.ones([32, 32, 3], np.float32), 2.0, 3).numpy()
-  np.testing.assert_allclose(
-    [ones[0, 0, 0], ones[0, 9, 1], ones[9, 9, 2]], [0.463533, 0.680832, 1], atol=1e-6
-  )
+  np.testing.assert_allclose([ones[0, 0, 0], ones[0, 9, 1], ones[9, 9, 2]], [0.463533, 0.680832, 1], atol=1e-6)
 
 
 def test_the_evaluation_crop_gives_the_numbers_of_the_reference(reference):
@@ -206,9 +202,7 @@ def test_a_crop_that_no_attempt_finds_is_the_whole_image():
 
 def test_a_crop_is_sought_many_times_before_the_whole_image_is_taken():
   # Most attempts in this range end below the law's floor of 0.1.
-  boxes = draws(
-    lambda seed: tf.cast(host_augment.crop_box(seed, 100, 100, area=(0.08, 0.105)), tf.float32), 300
-  )
+  boxes = draws(lambda seed: tf.cast(host_augment.crop_box(seed, 100, 100, area=(0.08, 0.105)), tf.float32), 300)
   assert boxes[:, 2].max() < 50
 
 
@@ -258,12 +252,8 @@ def test_color_factors_are_uniform_in_the_ranges_of_the_reference():
   added = views(gray * 2, count, brightness="additive", **law)[:, 0, 0, 0] - 0.5
   assert distance_to_uniform(np.round(added, 6), -0.4, 0.4) < 0.03
 
-  color = np.broadcast_to(
-    np.array([0.5, 0.25, 0.25], np.float32), [4, 4, 3]
-  )  # of hue 0; no clipping at this strength
-  seen = np.array(
-    [colorsys.rgb_to_hsv(*pixel) for pixel in views(color, count, **law)[:, 0, 0].astype(np.float64)]
-  )
+  color = np.broadcast_to(np.array([0.5, 0.25, 0.25], np.float32), [4, 4, 3])  # of hue 0; no clipping at this strength
+  seen = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in views(color, count, **law)[:, 0, 0].astype(np.float64)])
   turn = (seen[:, 0] + 0.5) % 1 - 0.5
   assert distance_to_uniform(np.round(turn, 5), -0.1, 0.1) < 0.03
   assert distance_to_uniform(np.round(seen[:, 1] / 0.5, 5), 0.6, 1.4) < 0.03
@@ -297,9 +287,7 @@ def test_the_four_operations_come_in_every_order_equally_often(monkeypatch):
 
 
 def test_the_sigma_of_the_blur_is_uniform(monkeypatch):
-  monkeypatch.setattr(
-    host_augment, "gaussian_blur", lambda image, sigma, size: tf.fill(tf.shape(image), sigma / 4)
-  )
+  monkeypatch.setattr(host_augment, "gaussian_blur", lambda image, sigma, size: tf.fill(tf.shape(image), sigma / 4))
   sigma = views(np.zeros([4, 4, 3], np.float32), 4000, blur_probability=1.0)[:, 0, 0, 0] * 4
   assert distance_to_uniform(sigma, 0.1, 2.0) < 0.03
 

@@ -154,7 +154,9 @@ def test_an_encoder_loads_in_one_line(pretrained):
     encode(images[0])
 
 
-@pytest.mark.parametrize(("override", "named"), [("model.width=0.125", "config.model.width"), ("model.depth=18", "depth")])
+@pytest.mark.parametrize(
+  ("override", "named"), [("model.width=0.125", "config.model.width"), ("model.depth=18", "depth")]
+)
 def test_a_checkpoint_of_another_architecture_is_refused(pretrained, tmp_path, capsys, override, named):
   argv = [*TINY, f"--config.checkpoint={pretrained}", f"--config.{override}", f"--workdir={tmp_path}"]
   assert command.main(["linear_eval", *argv]) == 2
@@ -189,7 +191,11 @@ def test_a_flat_folder_without_labels_pretrains_and_its_corrupt_image_is_named(t
 
 @pytest.mark.slow
 def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
-  settings = ["--config.total_steps=300", "--config.checkpoint_every_steps=25", "--config.keep_checkpoints=99"]
+  settings = [
+    "--config.total_steps=300",
+    "--config.checkpoint_every_steps=25",
+    "--config.keep_checkpoints=99",
+  ]
   settings += ["--config.evaluate_every_epochs=0"]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   assert finish(start(whole, *settings)) == 0

@@ -49,8 +49,7 @@ def cases():
       "normalize": bool(arrays[f"{name}__hidden_norm"]),
     }
     says = {
-      key: arrays[f"{name}__{key}"]
-      for key in ("loss", "loss_float64", "grad", "contrast_acc", "contrast_entropy")
+      key: arrays[f"{name}__{key}"] for key in ("loss", "loss_float64", "grad", "contrast_acc", "contrast_entropy")
     }
     says["grad"] = paired(says["grad"])
     cases[str(name)] = z, options, says, numpy_reference.nt_xent(z, **options)
@@ -178,9 +177,7 @@ def test_any_shape_temperature_and_block_gives_the_definition(x64):
     loss, grad, metrics = evaluate(z, mesh=mesh, block_size=int(rng.integers(1, 2 * n + 1)), **options)
     message = f"trial {trial}: {z.shape}, {devices} devices, {options}"
     np.testing.assert_allclose(loss, want_loss, rtol=1e-10, atol=1e-14, err_msg=message)
-    np.testing.assert_allclose(
-      grad, want_grad, rtol=0, atol=1e-9 * np.abs(want_grad).max() + 1e-15, err_msg=message
-    )
+    np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-9 * np.abs(want_grad).max() + 1e-15, err_msg=message)
     for name in METRICS:
       np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-10, atol=1e-12, err_msg=message)
 

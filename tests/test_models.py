@@ -21,9 +21,7 @@ FIXTURES = [
   pytest.param("resnet_r50_sk_64", marks=pytest.mark.slow),
 ]
 FLOAT32 = layers.Layers(jnp.float32, jnp.float32)
-ENDPOINTS = ["initial_conv", "initial_max_pool", "final_avg_pool"] + [
-  f"block_group{group}" for group in (1, 2, 3, 4)
-]
+ENDPOINTS = ["initial_conv", "initial_max_pool", "final_avg_pool"] + [f"block_group{group}" for group in (1, 2, 3, 4)]
 
 
 class EveryOutput(simclr.SimCLR):
@@ -375,9 +373,7 @@ def test_bfloat16_and_float32_agree_to_the_precision_of_bfloat16():
   images = images_like((8, 32, 32, 3))
   variables = filled(narrow(), images)
   full, half = (
-    jax.jit(functools.partial(narrow(dtype=dtype).apply, train=True, mutable=["batch_stats"]))(
-      variables, images
-    )[0]
+    jax.jit(functools.partial(narrow(dtype=dtype).apply, train=True, mutable=["batch_stats"]))(variables, images)[0]
     for dtype in (jnp.float32, jnp.bfloat16)
   )
   assert 0 < largest_error(half[0], full[0]) < 0.05

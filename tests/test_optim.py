@@ -56,9 +56,7 @@ def test_the_schedule_keeps_its_digits_in_float32_over_millions_of_steps():
 
 
 def test_the_schedule_takes_python_integers_arrays_and_tracers_alike():
-  schedule = optim.schedule(
-    base_learning_rate=1.0, batch_size=256, scaling="linear", warmup_steps=3, total_steps=10
-  )
+  schedule = optim.schedule(base_learning_rate=1.0, batch_size=256, scaling="linear", warmup_steps=3, total_steps=10)
   one_by_one = [schedule(step) for step in range(12)]
   for schedule_fn in (schedule, jax.jit(schedule)):
     for steps in (jnp.arange(12), np.arange(12), np.arange(12, dtype=np.int32)):
@@ -85,9 +83,7 @@ def test_the_schedule_is_in_float64_when_asked(x64):
 
 
 def test_a_run_may_end_inside_its_warmup():
-  schedule = optim.schedule(
-    base_learning_rate=1.0, batch_size=256, scaling="linear", warmup_steps=10, total_steps=5
-  )
+  schedule = optim.schedule(base_learning_rate=1.0, batch_size=256, scaling="linear", warmup_steps=10, total_steps=5)
   np.testing.assert_allclose(schedule(jnp.arange(6)), np.arange(6) / 10, rtol=1e-6)
 
 
@@ -150,9 +146,7 @@ def test_lars_gives_the_references_parameters_and_buffers_after_every_step(refer
             want = arrays[f"p{i:02}__wd{j}_{what}"]
             message = f"{path} {what} step {step}, decay {decay}"
             assert got.dtype == dtype
-            np.testing.assert_allclose(
-              got, want[step], rtol=0, atol=3.2e-7 * np.abs(want).max(), err_msg=message
-            )
+            np.testing.assert_allclose(got, want[step], rtol=0, atol=3.2e-7 * np.abs(want).max(), err_msg=message)
 
 
 def test_lars_is_the_twins_in_float64(reference, x64):
@@ -238,9 +232,7 @@ def test_any_module_named_like_a_linear_head_is_left_alone_by_lars():
 
 
 def test_masks_fit_trees_of_lists_too():
-  params = {
-    "layers": [{"kernel": jnp.ones(2), "bias": jnp.ones(2)}, {"scale": jnp.ones(2), "bias": jnp.ones(2)}]
-  }
+  params = {"layers": [{"kernel": jnp.ones(2), "bias": jnp.ones(2)}, {"scale": jnp.ones(2), "bias": jnp.ones(2)}]}
   assert optim.lars_mask(params)["layers"][0] == {"kernel": True, "bias": False}
   assert optim.batch_norm_mask(params)["layers"] == [
     {"kernel": False, "bias": False},

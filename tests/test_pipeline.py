@@ -89,9 +89,7 @@ def test_every_part_gives_each_of_its_examples_once_an_epoch(make):
 
 def test_rows_hold_the_image_and_the_label_of_their_index(make):
   for batch in train(make(37), steps=8):
-    np.testing.assert_array_equal(
-      batch["image"], np.broadcast_to(batch["index"][:, None, None, None], [8, 2, 2, 3])
-    )
+    np.testing.assert_array_equal(batch["image"], np.broadcast_to(batch["index"][:, None, None, None], [8, 2, 2, 3]))
     np.testing.assert_array_equal(batch["label"], batch["index"] % 7)
     assert {key: batch[key].dtype for key in batch} == {
       "image": np.uint8,

@@ -117,9 +117,7 @@ def test_corrupt_images_are_left_out_counted_and_named(tmp_path, caplog):
   assert "4 of 22 images cannot be read and are left out" in caplog.text
   assert re.findall(r"left out: (\S+)", caplog.text) == sorted(bad)
   assert "1 files that are no images are ignored" in caplog.text
-  with pytest.raises(
-    errors.UserError, match=r"4 of 22 images .* cannot be read \(first: 03\.png\), more than"
-  ):
+  with pytest.raises(errors.UserError, match=r"4 of 22 images .* cannot be read \(first: 03\.png\), more than"):
     sources.load("folder", data_dir=root, split="train", max_bad_share=0.1)
 
 
@@ -273,16 +271,12 @@ def tiny_tfds(tmp_path):
       with tf.io.TFRecordWriter(str(folder / name)) as writer:
         for _ in range(length):
           image = np.full([4 + number, 5, 3], number, np.uint8)
-          writer.write(
-            features.serialize_example(features.encode_example({"image": image, "label": number % 2}))
-          )
+          writer.write(features.serialize_example(features.encode_example({"image": image, "label": number % 2})))
           number += 1
     template = tfds.core.ShardedFileTemplate(
       folder, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "tiny", split, "tfrecord"
     )
-    infos.append(
-      tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template)
-    )
+    infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template))
   tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
   return str(tmp_path)
 

@@ -32,7 +32,14 @@ def optimizer_and_schedule(name, *, weight_decay, **schedule):
 
 def jitted_step(model, tx, rate, mesh, **keywords):
   step = functools.partial(
-    pretrain.train_step, model=model, tx=tx, schedule=rate, mesh=mesh, normalize=True, loss_scale=2.0, **keywords
+    pretrain.train_step,
+    model=model,
+    tx=tx,
+    schedule=rate,
+    mesh=mesh,
+    normalize=True,
+    loss_scale=2.0,
+    **keywords,
   )
   replicated, batched = sharding.replicated(mesh), sharding.batched(mesh)
   return jax.jit(step, in_shardings=(replicated, batched), out_shardings=replicated)
@@ -48,9 +55,7 @@ def test_six_steps_are_the_reference_s(reference_cases, x64):
   tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), jnp.zeros((1, size, size, 3)))
   layers = reference.encoder_layers(flag("resnet_depth"), stem="small", selective=False, squeeze=False)
   paths = (
-    reference.encoder_paths(layers)
-    | reference.projection_paths(flag("num_proj_layers"))
-    | reference.LINEAR_HEAD_PATHS
+    reference.encoder_paths(layers) | reference.projection_paths(flag("num_proj_layers")) | reference.LINEAR_HEAD_PATHS
   )
   initial = convert.from_reference(weights_by_name.of_network(tree, paths, get("name_prefix").item()))
   initial = jax.tree.map(jnp.asarray, initial)
@@ -106,7 +111,13 @@ def one_step(devices, dtype, *, optimizer):
   model = network(depth=10, width=0.25, projection_layers=2, out_dim=32, dtype=dtype)
   mesh = sharding.data_mesh(jax.devices()[:devices])
   tx, rate = optimizer_and_schedule(
-    optimizer, weight_decay=1e-4, base_learning_rate=0.3, batch_size=256, scaling="linear", warmup_steps=0, total_steps=9
+    optimizer,
+    weight_decay=1e-4,
+    base_learning_rate=0.3,
+    batch_size=256,
+    scaling="linear",
+    warmup_steps=0,
+    total_steps=9,
   )
   step = jitted_step(model, tx, rate, mesh, temperature=0.2, weight_decay=1e-4, optimizer=optimizer)
   state = state_lib.create(*state_lib.variables(model, 16, 0, mesh), tx)
@@ -127,7 +138,9 @@ def assert_equal_leaves(ours, theirs, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["lars", "momentum"])
 def test_eight_devices_take_the_step_of_one_in_float64(optimizer, x64):
-  assert_equal_leaves(one_step(8, jnp.float64, optimizer=optimizer), one_step(1, jnp.float64, optimizer=optimizer), 1e-9)
+  assert_equal_leaves(
+    one_step(8, jnp.float64, optimizer=optimizer), one_step(1, jnp.float64, optimizer=optimizer), 1e-9
+  )
 
 
 @pytest.mark.slow

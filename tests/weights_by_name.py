@@ -29,9 +29,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
   return tuple(int(side) for side in text.split("x"))
 
 
-def variables(
-  names: np.ndarray, shapes: np.ndarray, prefix: str, dtype: type = np.float64
-) -> dict[str, np.ndarray]:
+def variables(names: np.ndarray, shapes: np.ndarray, prefix: str, dtype: type = np.float64) -> dict[str, np.ndarray]:
   """Returns all variables of a fixture by name; float32 values, in `dtype`."""
   return {
     str(name): variable(str(name), parse_shape(str(shape)), prefix).astype(dtype)
@@ -62,8 +60,7 @@ def filled(tree: dict) -> dict:
   kinds = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
   flat = traverse_util.flatten_dict(tree)
   values = {
-    path: variable("/".join((*path[:-1], kinds.get(path[-1], path[-1]))), leaf.shape)
-    for path, leaf in flat.items()
+    path: variable("/".join((*path[:-1], kinds.get(path[-1], path[-1]))), leaf.shape) for path, leaf in flat.items()
   }
   values = {path: value.astype(flat[path].dtype) for path, value in values.items()}
   return traverse_util.unflatten_dict(values)

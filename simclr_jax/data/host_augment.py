@@ -219,8 +219,7 @@ def check_color(color_strength, brightness):
     )
   if brightness not in BRIGHTNESS:
     raise errors.UserError(
-      f'unknown brightness "{brightness}"; use one of {", ".join(BRIGHTNESS)}'
-      f"{errors.nearest(brightness, BRIGHTNESS)}"
+      f'unknown brightness "{brightness}"; use one of {", ".join(BRIGHTNESS)}{errors.nearest(brightness, BRIGHTNESS)}'
     )
 
 

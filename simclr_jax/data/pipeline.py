@@ -65,9 +65,7 @@ def train_batches(
     rows = _streamed_parts(plans, shuffle_window, count)
   else:
     steps = [
-      _indexed_part(
-        bounds[part], bounds[part + 1], key=(seed, part), position=count * start_step, count=count
-      )
+      _indexed_part(bounds[part], bounds[part + 1], key=(seed, part), position=count * start_step, count=count)
       for part in owned
     ]
     signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
@@ -125,9 +123,7 @@ def evaluation_batches(
 def example_seed(seed, epoch, index):
   """Returns the seed i32[2] of the example at `index` of the split in one epoch."""
   fold_in = tf.random.experimental.stateless_fold_in
-  return fold_in(
-    fold_in(tf.constant([seed, 0], tf.int32), tf.cast(epoch, tf.int32)), tf.cast(index, tf.int32)
-  )
+  return fold_in(fold_in(tf.constant([seed, 0], tf.int32), tf.cast(epoch, tf.int32)), tf.cast(index, tf.int32))
 
 
 def _finish(rows, source, transform, seed, threads):

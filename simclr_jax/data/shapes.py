@@ -108,9 +108,7 @@ def _paint_copy(canvas, distance, even, place, present, shift, numbers):
   y = down + 0.5 * (place // 2) + JITTER * (2 * y - 1)
   u, v = _local(size, x, y, TURN * (2 * turn - 1))
   u, v = u / radius, v / radius
-  wave = np.sin(
-    (2 + 4 * frequency) * (np.cos(np.pi * course) * u + np.sin(np.pi * course) * v) + 2 * np.pi * phase
-  )
+  wave = np.sin((2 + 4 * frequency) * (np.cos(np.pi * course) * u + np.sin(np.pi * course) * v) + 2 * np.pi * phase)
   fill = INK + 0.5 * _chroma(numbers[:, None, None, 9:]) + (WAVE * depth * wave)[..., None]
   _blend(canvas, np.where(present[:, None, None], radius * distance(u, v), 1), fill)
 

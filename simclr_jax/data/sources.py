@@ -156,15 +156,9 @@ def _encoded(arrays, split, name):
   data = np.asarray(arrays[f"{split}_bytes"], np.uint8)
   offsets = np.asarray(arrays[f"{split}_offsets"], np.int64)
   if (
-    offsets.ndim != 1
-    or len(offsets) < 1
-    or np.any(np.diff(offsets) <= 0)
-    or offsets[0] < 0
-    or offsets[-1] > len(data)
+    offsets.ndim != 1 or len(offsets) < 1 or np.any(np.diff(offsets) <= 0) or offsets[0] < 0 or offsets[-1] > len(data)
   ):
-    raise errors.UserError(
-      f"{split}_offsets of {name} do not cut its {len(data)} bytes; wanted int[N + 1], rising."
-    )
+    raise errors.UserError(f"{split}_offsets of {name} do not cut its {len(data)} bytes; wanted int[N + 1], rising.")
   return np.array([data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)], object)
 
 
@@ -175,8 +169,7 @@ def _labels_of(arrays, split, count, name):
   labels = np.asarray(arrays[f"{split}_labels"])
   if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
     raise errors.UserError(
-      f"{split}_labels of {name} is {labels.dtype}{list(labels.shape)}, wanted int[{count}]; "
-      "give each image one."
+      f"{split}_labels of {name} is {labels.dtype}{list(labels.shape)}, wanted int[{count}]; give each image one."
     )
   every = [np.asarray(arrays[key]) for key in arrays if key.endswith("_labels")]
   return labels.astype(np.int32), max((int(labels.max()) + 1 for labels in every if labels.size), default=0)
@@ -194,9 +187,7 @@ def _shapes(split, num_examples, image_size, seed):
     )
   images, labels = shapes.draw(split, num_examples, image_size, seed)
   names = np.array(shapes.CLASS_NAMES)
-  return from_arrays(
-    {f"{split}_images": images, f"{split}_labels": labels, "class_names": names}, split, name="shapes"
-  )
+  return from_arrays({f"{split}_images": images, f"{split}_labels": labels, "class_names": names}, split, name="shapes")
 
 
 def _on_host(*arrays):
@@ -221,9 +212,7 @@ def _tfds(name, split, data_dir, cache):
   try:
     info = builder.info.splits[split]
     pieces = tuple(
-      Piece(
-        str(file.filename), file.skip, file.take if file.take >= 0 else file.examples_in_shard - file.skip
-      )
+      Piece(str(file.filename), file.skip, file.take if file.take >= 0 else file.examples_in_shard - file.skip)
       for file in info.file_instructions
     )
     if not pieces or any(piece.take <= 0 for piece in pieces):
@@ -240,9 +229,7 @@ def _tfds(name, split, data_dir, cache):
 
   def decode(record):
     example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
-    return decode_image(example["image"]), tf.cast(example["label"], tf.int32) if labelled else tf.constant(
-      -1
-    )
+    return decode_image(example["image"]), tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
 
   return Source(
     f"{builder.info.full_name} ({split})",
@@ -294,9 +281,7 @@ def _builder(name, data_dir):
 
   place = f' in "{data_dir}"' if data_dir else ""
   if data_dir and not tf.io.gfile.isdir(data_dir):
-    raise errors.UserError(
-      f'no folder "{data_dir}"; set data_dir to the folder that holds the TFDS data sets.'
-    )
+    raise errors.UserError(f'no folder "{data_dir}"; set data_dir to the folder that holds the TFDS data sets.')
   try:
     builder = tfds.builder(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError as error:
@@ -322,9 +307,7 @@ def _folder(root, split, cache, max_bad_share):
     raise errors.UserError(f'no folder "{root}"; set data_dir to the folder that holds the images.')
   files, others = _image_files(root)
   if not files:
-    raise errors.UserError(
-      f'no image in folder "{root}"; put files there that end in {", ".join(IMAGE_ENDINGS)}.'
-    )
+    raise errors.UserError(f'no image in folder "{root}"; put files there that end in {", ".join(IMAGE_ENDINGS)}.')
   if others:
     log.info("%s: %d files that are no images are ignored.", root, others)
   paths, kinds, class_names = _choose(root, split, files)

@@ -1,7 +1,8 @@
-"""demo: the whole story in a few minutes, without a download: pretrain on the built-in shapes, then measure what was learned.
+"""demo: the whole story in a few minutes, without a download: pretrain on built-in images, measure what was learned.
 
-Compares a linear classifier on raw pixels, on the encoder as initialised and on the SimCLR encoder with the same encoder
-trained with labels, all on held-out images, and draws the figures. Needs --config and --workdir; `make demo` gives both.
+Compares a linear classifier on raw pixels, on the encoder as initialised and on the SimCLR encoder with the same
+encoder trained with labels, all on held-out images, and draws the figures. Needs --config and --workdir; `make demo`
+gives both.
 """
 
 import json
@@ -38,13 +39,19 @@ def run(config, workdir: str) -> dict[str, float]:
   say("5/5 linear classifier on raw pixels, and the map of the features")
   train, held_out = (_images(config, split) for split in (config.data.train_split, config.data.eval_split))
   pixels = evaluation.probe_accuracy(
-    train[0].reshape(len(train[0]), -1), train[1], held_out[0].reshape(len(held_out[0]), -1), held_out[1], regularisation=1e-3
+    train[0].reshape(len(train[0]), -1),
+    train[1],
+    held_out[0].reshape(len(held_out[0]), -1),
+    held_out[1],
+    regularisation=1e-3,
   )
   encode, _ = inference.load_encoder(str(folder / "pretrain"))
   names = setup.source_of(config, config.data.eval_split).class_names
   path = str(folder / "figures" / "features.png")
-  title = f"SimCLR features of {len(held_out[1])} held-out images, learned without labels (t-SNE)"
-  figures.embedding_map(encode(held_out[0]), held_out[1], names, path, title=title)
+  shown = slice(0, 1500)  # More points hide each other.
+  figures.embedding_map(
+    encode(held_out[0][shown]), held_out[1][shown], names, path, title="Held-out images by SimCLR features (t-SNE)"
+  )
   for name in ("view_pairs.png", "curves.png"):
     (folder / "pretrain" / "figures" / name).copy(folder / "figures" / name, overwrite=True)
 
@@ -70,5 +77,7 @@ def _table(result: dict[str, float], examples: int) -> str:
   }
   lines = [f"\nAccuracy on {examples} held-out images (chance: 10 %)\n"]
   lines += [f"  {described[name]:<60}{100 * value:5.1f} %" for name, value in result.items()]
-  lines.append(f"\nSimCLR beats the random encoder by {100 * (result['SimCLR'] - result['random encoder']):.1f} points.\n")
+  lines.append(
+    f"\nSimCLR beats the random encoder by {100 * (result['SimCLR'] - result['random encoder']):.1f} points.\n"
+  )
   return "\n".join(lines)

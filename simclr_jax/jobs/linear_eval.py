@@ -1,9 +1,9 @@
-"""linear_eval: how good are frozen features? Trains a linear classifier on them and counts the whole held-out split once.
+"""linear_eval: how good are frozen features? Trains a linear classifier on them and counts the held-out split once.
 
 The reference's protocol (v1 appendix B.6): the encoder runs in inference mode and never changes, images are cropped and
 flipped, the classifier learns with Nesterov momentum and a cosine rate. Needs --workdir and
---config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised, the number to beat).
-Without --config the run's own is used. Writes `result.json`, and a checkpoint with encoder and classifier.
+--config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised, the number to
+beat). Without --config the run's own is used. Writes `result.json`, and a checkpoint with encoder and classifier.
 """
 
 import functools
@@ -94,7 +94,8 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
   if not train.num_classes:
     raise errors.UserError(f"{job} needs labels; {config.data.source} {config.data.name or config.data.dir} has none.")
   model = simclr.Classifier(
-    inference.encoder_of(config.model), setup.linear_head_of(config, train.num_classes, zero_init=recipe.zero_init)
+    inference.encoder_of(config.model),
+    setup.linear_head_of(config, train.num_classes, zero_init=recipe.zero_init),
   )
   sizes = {"examples": train.num_examples, "batch_size": recipe.batch_size}
   tx, schedule, total_steps = setup.optimizer_of(recipe.optimizer, total_epochs=recipe.total_epochs, **sizes)

@@ -1,9 +1,9 @@
 """pretrain: SimCLR on images without labels; writes checkpoints that every other job reads.
 
-Two augmented views of each image go through encoder and projection head; NT-Xent pulls them together and pushes all other
-images of the global batch away. Where the images have labels, a linear classifier behind stop_gradient learns along and
-shows how good the features are. Needs --config and --workdir. Killed or preempted, the same command goes on where the
-last checkpoint stands.
+Two augmented views of each image go through encoder and projection head; NT-Xent pulls them together and pushes all
+other images of the global batch away. Where the images have labels, a linear classifier behind stop_gradient learns
+along and shows how good the features are. Needs --config and --workdir. Killed or preempted, the same command goes on
+where the last checkpoint stands.
 """
 
 import functools
@@ -63,7 +63,10 @@ def train_step(
     loss, metrics = losses.nt_xent(
       z.reshape(-1, 2, z.shape[-1]), temperature=temperature, normalize=normalize, mesh=mesh
     )
-    metrics |= {"loss": loss, "weight_decay": optim.weight_decay_loss(params, weight_decay, optimizer=optimizer)}
+    metrics |= {
+      "loss": loss,
+      "weight_decay": optim.weight_decay_loss(params, weight_decay, optimizer=optimizer),
+    }
     total = loss_scale * loss + metrics["weight_decay"]
     if logits is not None:
       metrics["supervised_loss"], metrics["supervised_acc"] = setup.cross_entropy(logits, batch["label"].repeat(2))
@@ -79,13 +82,13 @@ def train_step(
 
 def run(config, workdir: str) -> dict[str, float]:
   """Pretrains, and returns (and writes to `result.json`) the accuracy of the online head if there is one."""
-  mesh = setup.mesh_for(
-    config, ("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size)
-  )
+  mesh = setup.mesh_for(config, ("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size))
   train = setup.source_of(config, config.data.train_split)
   classes = train.num_classes if config.head.online else 0
   model = simclr.SimCLR(
-    inference.encoder_of(config.model), setup.projection_head_of(config), setup.linear_head_of(config, classes)
+    inference.encoder_of(config.model),
+    setup.projection_head_of(config),
+    setup.linear_head_of(config, classes),
   )
   tx, schedule, total_steps = setup.optimizer_of(
     config.optimizer,
@@ -113,9 +116,7 @@ def run(config, workdir: str) -> dict[str, float]:
     optimizer=config.optimizer.name,
   )
   replicated, batched = sharding.replicated(mesh), sharding.batched(mesh)
-  step_fn = jax.jit(
-    step_fn, in_shardings=(replicated, batched), out_shardings=replicated, donate_argnums=0
-  )
+  step_fn = jax.jit(step_fn, in_shardings=(replicated, batched), out_shardings=replicated, donate_argnums=0)
   telemetry.log.info(
     "pretrain: %d images, %d steps of %d, encoder %s parameters, %s",
     train.num_examples,

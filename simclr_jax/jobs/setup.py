@@ -165,7 +165,7 @@ def fits(ours: dict, theirs: dict, path: str) -> None:
     # Compute precision is the reader's choice; the arrays are the same.
     if key not in ("dtype", "param_dtype") and ours["model"].get(key) != value:
       raise errors.UserError(
-        f"checkpoint {path} was trained with config.model.{key} = {value!r}, this config says {ours['model'].get(key)!r}; "
+        f"checkpoint {path} was trained with config.model.{key} = {value!r}, not {ours['model'].get(key)!r}; "
         "leave --config out to use the checkpoint's own."
       )
 

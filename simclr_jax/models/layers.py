@@ -41,9 +41,7 @@ class Layers:
       name=name,
     )
 
-  def batch_norm(
-    self, *, train: bool, zero_scale: bool = False, bias: bool = True, name: str
-  ) -> nn.BatchNorm:
+  def batch_norm(self, *, train: bool, zero_scale: bool = False, bias: bool = True, name: str) -> nn.BatchNorm:
     """Returns a batch normalisation over the global batch; its output is in at least float32.
 
     Moving averages decay by 0.9 and hold the biased variance. There is no axis name: under jit

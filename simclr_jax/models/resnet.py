@@ -142,9 +142,7 @@ class ResNet(nn.Module):
     if self.width <= 0:
       raise errors.UserError(f"ResNet width is {self.width}; it multiplies channels: more than 0.")
     if images.ndim != 4 or images.shape[-1] != 3:
-      raise errors.UserError(
-        f"images have shape {images.shape}; a ResNet takes [batch, height, width, 3]: RGB, last."
-      )
+      raise errors.UserError(f"images have shape {images.shape}; a ResNet takes [batch, height, width, 3]: RGB, last.")
     make = layers.Layers(self.dtype, self.param_dtype)
     x = self._stem(layers.as_float(images, self.dtype), make, train=train)
     for group, blocks in enumerate(BLOCKS[self.depth]):
