@@ -8,7 +8,7 @@ demo:
 # PYTEST_ARGS="-k lars" for a part of the suite.
 test:
 	@sh scripts/setup.sh dev
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint:
 	@sh scripts/setup.sh dev

@@ -44,8 +44,10 @@ def get_config():
 
   c.linear_eval.batch_size = 128
   c.linear_eval.total_epochs = 10.0
+  c.linear_eval.min_area = 0.5  # Smaller crops cut the shapes off.
   c.finetune.batch_size = 128
   c.finetune.total_epochs = 10.0
+  c.finetune.min_area = 0.5
   c.finetune.zero_init = False
   c.finetune.optimizer.base_learning_rate = 0.1
   c.finetune.optimizer.warmup_epochs = 1.0

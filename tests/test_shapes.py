@@ -66,20 +66,21 @@ def _colours(images):
 
 
 @pytest.mark.parametrize(
-  ("features", "model"),
+  ("features", "model", "limit"),
   [
-    (lambda images: images.reshape(len(images), -1) / 255, linear_model.RidgeClassifier(3e3)),
-    (_colours, linear_model.LogisticRegression(C=0.1, max_iter=500)),
+    (lambda images: images.reshape(len(images), -1) / 255, linear_model.RidgeClassifier(3e3), 0.18),
+    # The blended pixels along the edges give a little away: a star has more of them than a disc.
+    (_colours, linear_model.LogisticRegression(C=0.1, max_iter=500), 0.28),
   ],
   ids=["pixels", "colours"],
 )
-def test_a_linear_classifier_stays_near_chance_on(features, model):
+def test_a_linear_classifier_stays_near_chance_on(features, model, limit):
   images, labels = shapes.draw("train", 2000, 32, 0)
   held_out, held_out_labels = shapes.draw("test", 1000, 32, 0)
   scale = preprocessing.StandardScaler().fit(features(images))
   model.fit(scale.transform(features(images)), labels)
   accuracy = model.score(scale.transform(features(held_out)), held_out_labels)
-  assert accuracy < 0.3, f"{accuracy:.1%}, where chance is 10 %"
+  assert accuracy < limit, f"{accuracy:.1%}, where chance is 10 %"
 
 
 @pytest.mark.parametrize(
