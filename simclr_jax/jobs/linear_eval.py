@@ -14,7 +14,7 @@ import jax
 import optax
 from etils import epath
 
-from simclr_jax import checkpoint, errors, evaluation, figures, inference, optim, sharding, telemetry
+from simclr_jax import checkpoint, errors, evaluation, figures, inference, optim, telemetry
 from simclr_jax import loop as training_loop
 from simclr_jax import state as state_lib
 from simclr_jax.data import host_augment
@@ -114,18 +114,15 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
     )
     params, batch_stats = {**params, **encoder}, {**batch_stats, **statistics}
   state = state_lib.create(params, batch_stats, tx, functools.partial(trainable, frozen=frozen))
-  step_fn = functools.partial(
+  step_fn = setup.jitted(
     train_step,
+    mesh,
     model=model,
     tx=tx,
     schedule=schedule,
     frozen=frozen,
     weight_decay=recipe.optimizer.weight_decay,
     optimizer=recipe.optimizer.name,
-  )
-  replicated = sharding.replicated(mesh)
-  step_fn = jax.jit(
-    step_fn, in_shardings=(replicated, sharding.batched(mesh)), out_shardings=replicated, donate_argnums=0
   )
   evaluate = _held_out_accuracy(model, setup.evaluation_rows(config, held_out), mesh)
   telemetry.log.info(

@@ -6,7 +6,6 @@ along and shows how good the features are. Needs --config and --workdir. Killed 
 where the last checkpoint stands.
 """
 
-import functools
 import json
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import evaluation, figures, inference, losses, optim, sharding, telemetry
+from simclr_jax import evaluation, figures, inference, losses, optim, telemetry
 from simclr_jax import loop as training_loop
 from simclr_jax import state as state_lib
 from simclr_jax.data import host_augment
@@ -103,8 +102,9 @@ def run(config, workdir: str) -> dict[str, float]:
   checkpoints = setup.checkpoints_of(config, workdir, job="pretrain", **sizes)
 
   state = state_lib.create(*state_lib.variables(model, config.data.image_size, config.seed, mesh), tx)
-  step_fn = functools.partial(
+  step_fn = setup.jitted(
     train_step,
+    mesh,
     model=model,
     tx=tx,
     schedule=schedule,
@@ -115,8 +115,6 @@ def run(config, workdir: str) -> dict[str, float]:
     weight_decay=config.optimizer.weight_decay,
     optimizer=config.optimizer.name,
   )
-  replicated, batched = sharding.replicated(mesh), sharding.batched(mesh)
-  step_fn = jax.jit(step_fn, in_shardings=(replicated, batched), out_shardings=replicated, donate_argnums=0)
   telemetry.log.info(
     "pretrain: %d images, %d steps of %d, encoder %s parameters, %s",
     train.num_examples,

@@ -141,6 +141,17 @@ def optimizer_of(
   return tx, schedule, steps
 
 
+def jitted(step_fn, devices: jax.sharding.Mesh, /, **constants):
+  """Returns (state, batch) -> (state, metrics): one program for all devices, the batch split, the state donated."""
+  replicated, batched = sharding.replicated(devices), sharding.batched(devices)
+  return jax.jit(
+    functools.partial(step_fn, **constants),
+    in_shardings=(replicated, batched),
+    out_shardings=replicated,
+    donate_argnums=0,
+  )
+
+
 def every(epochs: float, *, examples: int, batch_size: int) -> int:
   """Returns an interval in steps: 0 for 0 epochs, else at least one step."""
   return max(1, round(epochs * round(examples / batch_size))) if epochs else 0

@@ -1,0 +1,61 @@
+"""The experiments: all have the same keys, and their recipes are the published ones."""
+
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from simclr_jax import __main__ as command
+from simclr_jax import checkpoint, optim
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def config(name):
+  return command.load_config(str(CONFIGS / name.partition(":")[0]) + name[len(name.partition(":")[0]) :], {})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
+def test_every_experiment_has_the_keys_of_the_base(path):
+  assert checkpoint.flat(config(path.name).to_dict()).keys() == checkpoint.flat(config("base.py").to_dict()).keys()
+
+
+@pytest.mark.parametrize(
+  ("name", "examples", "steps", "warmup", "peak"),
+  [
+    ("cifar10.py", 50_000, 97_657, 976, 2.0),
+    ("imagenet.py:v1", 1_281_167, 312_785, 3_127, 4.8),
+    ("imagenet.py:v2", 1_281_167, 250_228, 12_511, 6.4),
+    ("imagenet.py:readme", 1_281_167, 31_279, 3_127, 4.8),
+  ],
+)
+def test_the_recipes_take_the_published_steps(name, examples, steps, warmup, peak):
+  keys = config(name)
+  total = optim.total_steps(examples, keys.total_epochs, keys.batch_size)
+  warm = optim.warmup_steps(examples, keys.optimizer.warmup_epochs, keys.batch_size)
+  assert (total, warm) == (steps, warmup)
+  schedule = optim.schedule(
+    base_learning_rate=keys.optimizer.base_learning_rate,
+    batch_size=keys.batch_size,
+    scaling=keys.optimizer.scaling,
+    warmup_steps=warm,
+    total_steps=total,
+  )
+  assert float(schedule(0)) == 0
+  assert jnp.allclose(schedule(warm), peak, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "steps", "rate"), [("cifar10.py", 9_766, 0.2), ("imagenet.py:v1", 28_151, 1.6)])
+def test_the_linear_evaluations_take_the_published_steps(name, steps, rate):
+  examples = {"cifar10.py": 50_000, "imagenet.py:v1": 1_281_167}[name]
+  recipe = config(name).linear_eval
+  assert optim.total_steps(examples, recipe.total_epochs, recipe.batch_size) == steps
+  assert recipe.optimizer.base_learning_rate * recipe.batch_size / 256 == pytest.approx(rate)
+  assert (recipe.optimizer.name, recipe.optimizer.warmup_epochs, recipe.zero_init) == ("momentum", 0.0, True)
+
+
+def test_v1_and_v2_differ_where_the_papers_do():
+  one, two = config("imagenet.py:v1"), config("imagenet.py:v2")
+  assert (one.head.layers, two.head.layers) == (2, 3)
+  assert (one.optimizer.weight_decay, two.optimizer.weight_decay) == (1e-6, 1e-4)
+  assert (one.augment.brightness, two.augment.brightness) == ("additive", "multiplicative")
