@@ -47,6 +47,7 @@ def get_config(variant: str = "reference"):
     c.optimizer.warmup_epochs = 0.5
     c.evaluate_every_epochs = 2.0
     c.linear_eval.total_epochs = 5.0
+    c.linear_eval.optimizer.base_learning_rate = 0.01  # The features of so small a net are large.
   elif variant != "reference":
     raise errors.UserError(f"configs/cifar10.py has no variant {variant!r}; use :small or none.")
   return c
