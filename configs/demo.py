@@ -13,7 +13,7 @@ from configs import base
 def get_config():
   c = base.get_config()
   c.batch_size = 128
-  c.total_epochs = 20.0
+  c.total_epochs = 14.0
 
   c.data.source = "shapes"
   c.data.name = ""
@@ -35,7 +35,7 @@ def get_config():
   c.loss.scale = 1.0
 
   c.optimizer.base_learning_rate = 6.0
-  c.optimizer.warmup_epochs = 1.3
+  c.optimizer.warmup_epochs = 1.0
   c.optimizer.weight_decay = 1e-4
 
   c.log_every_steps = 10
@@ -43,10 +43,10 @@ def get_config():
   c.checkpoint_every_epochs = 5.0
 
   c.linear_eval.batch_size = 128
-  c.linear_eval.total_epochs = 10.0
+  c.linear_eval.total_epochs = 6.0
   c.linear_eval.min_area = 0.5  # Smaller crops cut the shapes off.
   c.finetune.batch_size = 128
-  c.finetune.total_epochs = 10.0
+  c.finetune.total_epochs = 6.0
   c.finetune.min_area = 0.5
   c.finetune.zero_init = False
   c.finetune.optimizer.base_learning_rate = 0.1

@@ -57,7 +57,7 @@ def run(config, workdir: str) -> dict[str, float]:
 
   result = {"raw pixels": pixels, "random encoder": random, "SimCLR": simclr, "supervised": supervised}
   (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-  print(_table(result, len(held_out[1])))
+  print(_table(result, len(held_out[1])), flush=True)
   say(f"done. Figures: {folder / 'figures'}; metrics, checkpoints and TensorBoard files beside them.")
   return result
 
