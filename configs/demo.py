@@ -46,7 +46,7 @@ def get_config():
   c.linear_eval.total_epochs = 6.0
   c.linear_eval.min_area = 0.5  # Smaller crops cut the shapes off.
   c.finetune.batch_size = 128
-  c.finetune.total_epochs = 6.0
+  c.finetune.total_epochs = 9.0
   c.finetune.min_area = 0.5
   c.finetune.zero_init = False
   c.finetune.optimizer.base_learning_rate = 0.1
