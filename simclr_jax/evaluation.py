@@ -1,4 +1,4 @@
-"""Evaluation of a split, each example exactly once: features, accuracies, linear probes of cached features."""
+"""Evaluation of a split, each example exactly once: accuracies, and linear probes of fixed features."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,37 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from sklearn import linear_model, pipeline, preprocessing
 
 from simclr_jax import sharding
-
-
-def features(
-  encode: Callable[[jax.Array], jax.Array], batches: Iterable[dict[str, np.ndarray]], mesh: jax.sharding.Mesh
-) -> dict[str, np.ndarray]:
-  """Returns what `encode` makes of each example, in the order of the split.
-
-  Args:
-    encode: jitted, f32[B, H, W, 3] -> f32[B, D], sharded over the mesh as its input is.
-    batches: this process's rows: `image`, `label`, `index`, `mask` (0 marks padding).
-    mesh: where the batches go.
-
-  Returns:
-    `features` f32[N, D], `label` i32[N], `index` i64[N], on every process.
-  """
-  parts = []
-  for rows in batches:
-    batch = sharding.global_batch(mesh, {"image": rows["image"]})
-    local = {k: rows[k] for k in ("label", "index", "mask")}
-    # Only this process's rows come to the host; all processes' rows meet once, at the end.
-    local["features"] = np.concatenate([np.asarray(s.data) for s in _shards(encode(batch["image"]))])
-    parts.append(local)
-  table = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-  if jax.process_count() > 1:
-    table = {k: multihost_utils.process_allgather(v, tiled=True) for k, v in table.items()}
-  order = np.argsort(table["index"][table["mask"] > 0], kind="stable")
-  return {k: v[table["mask"] > 0][order] for k, v in table.items() if k != "mask"}
 
 
 def accuracy(
@@ -90,7 +62,3 @@ def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 
     preprocessing.StandardScaler(), linear_model.LogisticRegression(C=regularisation, max_iter=2000)
   )
   return float(probe.fit(train_x, train_y).score(test_x, test_y))
-
-
-def _shards(array: jax.Array):
-  return sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)

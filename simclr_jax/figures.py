@@ -55,7 +55,7 @@ def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path
     axis.set(title=heading, xlabel="step")
     axis.grid(alpha=0.3)
     if axis.lines:
-      axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+      axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28))
   figure.suptitle(title)
   _save(figure, path)
 

@@ -67,6 +67,7 @@ def train(
     telemetry.log.info("Continuing from step %d of %d.", done, total_steps)
   result = {}
   if done >= total_steps:
+    checkpoints.close()
     return state, evaluate(state) if evaluate else result
   with (
     telemetry.Telemetry(

@@ -45,14 +45,6 @@ def test_of_equal_logits_the_first_class_wins():
   assert result["top5"] == 0.5
 
 
-def test_features_come_once_each_in_the_order_of_the_split():
-  values = np.arange(29, dtype=np.float32)
-  encode = lambda images: images[:, 0, 0, :2] * jnp.array([[1.0, 2.0]])
-  table = evaluation.features(encode, batches(values, np.arange(29, dtype=np.int32), 8), sharding.data_mesh())
-  np.testing.assert_array_equal(table["features"], np.stack([values, 2 * values], axis=1))
-  np.testing.assert_array_equal(table["label"], np.arange(29))
-
-
 def test_a_probe_separates_what_is_linearly_separable():
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, 300)
