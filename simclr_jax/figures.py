@@ -45,7 +45,7 @@ def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path
     path: of the PNG.
     title: above the panels.
   """
-  figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+  figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False)
   for axis, (heading, names) in zip(axes[0], panels.items(), strict=True):
     for color, (name, label) in zip(COLORS, names.items(), strict=False):
       points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -55,7 +55,7 @@ def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path
     axis.set(title=heading, xlabel="step")
     axis.grid(alpha=0.3)
     if axis.lines:
-      axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28))
+      axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25))
   figure.suptitle(title)
   _save(figure, path)
 
