@@ -14,3 +14,6 @@ lint:
 	@sh scripts/setup.sh dev
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	@PATH=.venv/bin:$$PATH; if command -v shellcheck >/dev/null; then \
+	  echo shellcheck; shellcheck --external-sources launch/*.sh launch/slurm.sbatch scripts/*.sh; \
+	else echo "lint: no shellcheck on this kind of machine; the shell scripts were not checked."; fi
