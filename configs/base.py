@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.batch_size = 512  # Images (not views) in a global batch, over all devices.
   c.total_epochs = 100.0
   c.total_steps = 0  # Above 0: so many steps in place of total_epochs.
+  c.micro_batches = 1  # Parts of a batch that go through the network one after the other; BatchNorm sees one part.
   c.eval_batch_size = 256  # Over all devices; changes speed only, every example counts once.
 
   c.data = ml_collections.ConfigDict()
@@ -48,6 +49,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.small_images = False  # CIFAR stem: 3x3 stride 1, no pooling.
   c.model.dtype = "float32"  # Of activations: bfloat16 | float32 | float64. Statistics and loss are at least float32.
   c.model.param_dtype = "float32"
+  # What the backward pass computes again instead of keeping: none | convs (all but convolutions) | blocks (whole
+  # residual blocks), for all block groups or one each: blocks,convs,none,none.
+  c.model.remat = "none"
 
   c.head = ml_collections.ConfigDict()
   c.head.layers = 3  # Of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2.
@@ -55,11 +59,15 @@ def get_config() -> ml_collections.ConfigDict:
   c.head.online = True  # Train a linear classifier beside it, behind stop_gradient, where the images have labels.
 
   c.loss = ml_collections.ConfigDict()
+  c.loss.kind = "nt_xent"  # nt_xent | dcl (the positive left out of the denominator) | sup_con (same label attracts).
   c.loss.temperature = 0.1
   c.loss.normalize = True  # L2-normalise the embeddings.
   c.loss.scale = 2.0  # Times the paper's mean over 2N; the reference sums two means over N. Metrics log the paper's.
 
   c.optimizer = optimizer(name="lars", base_learning_rate=0.3, warmup_epochs=10.0, weight_decay=1e-6)
+
+  c.sharding = ml_collections.ConfigDict()
+  c.sharding.parameters = "replicated"  # replicated | sharded: parameters and optimizer state split over the devices.
 
   c.log_every_steps = 50
   c.evaluate_every_epochs = 10.0  # Accuracy of the online linear head on eval_split; 0: at the end only.

@@ -70,7 +70,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
   exit
 fi
 
-say "installing $package with the pinned requirements into .venv, by ${uv:-pip}; minutes and 2.6 GB when it is new"
+say "installing $package with the pinned requirements into .venv, by ${uv:-pip}; minutes and 3 GB when it is new"
 if [ -n "$uv" ]; then
   uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable "$package"
 else

@@ -19,7 +19,18 @@ import ml_collections
 
 from simclr_jax import checkpoint, errors, telemetry
 
-JOBS = ("pretrain", "linear_eval", "finetune", "demo")
+# The jobs, and the options of each beside those that all have.
+JOBS = {
+  "pretrain": (),
+  "linear_eval": (),
+  "finetune": (),
+  "demo": (),
+  "plan": ("topology", "devices", "batch_sizes", "mfu"),
+  "bench": ("sizes",),
+}
+WITHOUT_CONFIG = ("bench",)
+# What these compute is of no use to a later run, so that they need no folder of its own.
+DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
 ROOT = pathlib.Path(__file__).parents[1]
 
 USAGE = """\
@@ -49,17 +60,28 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
       print(f"{_doc(name)}\n\n{USAGE}")
       return 0
-    flags, config_file, overrides = parse(argv[1:])
-    config = load_config(config_file, overrides)
-    if "workdir" not in flags:
+    flags, config_file, overrides = parse(argv[1:], JOBS[name])
+    inputs = []
+    if name in WITHOUT_CONFIG:
+      if config_file or overrides:
+        raise errors.UserError(f"{name} takes no --config; see --help.")
+    else:
+      config = load_config(config_file, overrides)
+      if "float64" in (config.model.dtype, config.model.param_dtype):
+        jax.config.update("jax_enable_x64", True)
+      inputs = [config]
+    workdir = flags.get("workdir") or DEFAULT_WORKDIR.get(name)
+    if not workdir:
       raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
-    if "float64" in (config.model.dtype, config.model.param_dtype):
-      jax.config.update("jax_enable_x64", True)
+    if "topology" in flags:
+      # The devices are described ones: those of this machine, if any, are left alone.
+      jax.config.update("jax_platforms", "cpu")
     _join(flags)
     telemetry.set_up_logging()
     # Imported late: it brings TensorFlow, and --help should answer at once.
     job = importlib.import_module(f"simclr_jax.jobs.{name}")
-    job.run(config, os.path.abspath(flags["workdir"]) if "://" not in flags["workdir"] else flags["workdir"])
+    options = {option: flags[option] for option in JOBS[name] if option in flags}
+    job.run(*inputs, os.path.abspath(workdir) if "://" not in workdir else workdir, **options)
     return 0
   except errors.UserError as error:
     print(f"simclr_jax: {error}", file=sys.stderr)
@@ -72,12 +94,17 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def parse(args: list[str]) -> tuple[dict[str, str], str, dict[str, str]]:
+def parse(args: list[str], options: tuple[str, ...] = ()) -> tuple[dict[str, str], str, dict[str, str]]:
   """Returns (flags, config file with variant or "", overrides by dotted key) of a job's arguments.
+
+  Args:
+    args: what follows the job's name.
+    options: the job's own options, beside FLAGS.
 
   Raises:
     UserError: an argument is not of the form that USAGE shows.
   """
+  known = (*FLAGS, *options)
   flags, config_file, overrides = {}, "", {}
   for arg in args:
     name, has_value, value = arg.removeprefix("--").partition("=")
@@ -88,10 +115,10 @@ def parse(args: list[str]) -> tuple[dict[str, str], str, dict[str, str]]:
     elif name.startswith("config."):
       # A bare --config.flag turns a flag on.
       overrides[name.removeprefix("config.")] = value if has_value else "true"
-    elif name in FLAGS:
+    elif name in known:
       flags[name] = value
     else:
-      raise errors.UserError(f"unknown option --{name}{errors.nearest(name, FLAGS)}; see --help.")
+      raise errors.UserError(f"unknown option --{name}{errors.nearest(name, known)}; see --help.")
     if not has_value and not name.startswith("config.") or name == "config" and not value:
       raise errors.UserError(f"option --{name} needs a value: --{name}=VALUE.")
   return flags, config_file, overrides

@@ -1,6 +1,6 @@
 """The mesh and the placements: one axis, `data`, over all devices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from simclr_jax import errors
 
 AXIS = "data"
+
+# Smaller arrays are replicated in any case: to gather one takes longer than its memory is worth.
+SMALLEST_SPLIT = 2**14
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -29,6 +32,40 @@ def batched(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def split_arrays(tree: Any, mesh: Mesh) -> Any:
+  """Returns a tree of placements that cuts every large array into as many parts as there are devices.
+
+  Along its longest dimension that divides (of equals the last one); arrays without one, and small ones, are replicated.
+  """
+
+  def place(array):
+    fitting = [axis for axis, size in enumerate(array.shape) if size % mesh.size == 0]
+    if array.size < SMALLEST_SPLIT or not fitting:
+      return replicated(mesh)
+    axis = max(fitting, key=lambda axis: (array.shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+  return jax.tree.map(place, tree)
+
+
+def gathered(mesh: Mesh) -> Callable[[Any], Any]:
+  """Returns the function that makes split parameters whole on every device, and splits their gradients again.
+
+  Said outright, because the compiler may otherwise split the convolutions by channels and move activations instead.
+  """
+
+  @jax.custom_vjp
+  def gather(params):
+    return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+  # The transpose of a constraint is the same constraint: it would make the gradients whole as well.
+  gather.defvjp(
+    lambda params: (gather(params), None),
+    lambda _, grads: (jax.lax.with_sharding_constraint(grads, split_arrays(grads, mesh)),),
+  )
+  return gather
+
+
 def global_batch(mesh: Mesh, local_rows: Any) -> Any:
   """Returns a tree of global arrays, given this process's rows of them as NumPy arrays.
 
@@ -37,12 +74,16 @@ def global_batch(mesh: Mesh, local_rows: Any) -> Any:
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(batched(mesh), rows), local_rows)
 
 
-def check_divisible(batch_size: int, mesh: Mesh, *, name: str = "batch_size") -> None:
-  """Raises a UserError, about `name`, unless the batch splits evenly over the devices."""
-  devices = mesh.size
-  if batch_size < 1 or batch_size % devices:
-    below = batch_size // devices * devices
-    choices = f"{below} or {below + devices}" if below > 0 else f"{devices}"
+def check_divisible(batch_size: int, mesh: Mesh, *, micro_batches: int = 1, name: str = "batch_size") -> None:
+  """Raises a UserError, about `name`, unless the batch, in so many parts, splits evenly over the devices."""
+  if micro_batches < 1:
+    raise errors.UserError(f"micro_batches is {micro_batches}; use 1 for the batch as a whole, or more.")
+  parts = mesh.size * micro_batches
+  if batch_size < 1 or batch_size % parts:
+    below = batch_size // parts * parts
+    choices = f"{below} or {below + parts}" if below > 0 else f"{parts}"
+    into = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
     raise errors.UserError(
-      f"{name} {batch_size} does not split over {devices} devices; use a multiple of {devices}, for example {choices}"
+      f"{name} {batch_size}{into} does not split over {mesh.size} devices; "
+      f"use a multiple of {parts}, for example {choices}"
     )

@@ -10,29 +10,61 @@ def nt_xent(z, temperature, normalize=True):
 
   Equation 1 of Chen et al. 2020, all 2N rows against all 2N columns.
   """
+
+  def row(i, logits, others):
+    lse, p = _softmax(logits, others)
+    positive = i ^ 1
+    # p - 1 as minus the sum of the others, which does not cancel when p is close to 1.
+    p[positive] = -(p.sum() - p[positive])
+    return lse - logits[positive], p
+
+  return _contrastive(z, temperature, normalize, row)
+
+
+def sup_con(z, label, temperature, normalize=True):
+  """Returns loss, gradient and metrics of equation 2 of Khosla et al. 2020, for label [N]."""
+  labels = np.repeat(label, 2)
+
+  def row(i, logits, others):
+    lse, p = _softmax(logits, others)
+    positives = others & (labels == labels[i])
+    return np.mean(lse - logits[positives]), p - positives / positives.sum()
+
+  return _contrastive(z, temperature, normalize, row)
+
+
+def dcl(z, temperature, normalize=True):
+  """Returns loss, gradient and metrics of Yeh et al. 2021: the softmax is over the negatives alone."""
+
+  def row(i, logits, others):
+    positive = np.arange(len(logits)) == (i ^ 1)
+    lse, p = _softmax(logits, others & ~positive)
+    return lse - logits[positive][0], p - positive
+
+  return _contrastive(z, temperature, normalize, row)
+
+
+def _softmax(logits, chosen):
+  top = logits[chosen].max()
+  p = np.where(chosen, np.exp(np.where(chosen, logits, top) - top), 0)
+  return np.log(p.sum()) + top, p / p.sum()
+
+
+def _contrastive(z, temperature, normalize, row):
+  """Returns the mean over i of row(i, logits of i, mask of the others) -> (loss, slope by each logit)."""
   z = np.asarray(z, np.float64)
   n, _, dim = z.shape
   rows = z.reshape(2 * n, dim)
   squared = np.maximum(np.sum(rows * rows, axis=1, keepdims=True), 1e-12)
   u = rows / np.sqrt(squared) if normalize else rows
   logits = u @ u.T / temperature
-  others = ~np.eye(2 * n, dtype=bool)
-  loss = 0.0
-  pull = np.zeros((2 * n, 2 * n))
-  for i in range(2 * n):
-    positive = i ^ 1
-    p = np.zeros(2 * n)
-    top = logits[i, others[i]].max()
-    p[others[i]] = np.exp(logits[i, others[i]] - top)
-    loss += (np.log(p.sum()) + top - logits[i, positive]) / (2 * n)
-    pull[i] = p / p.sum()
-    # p - 1 as minus the sum of the others, which does not cancel when p is close to 1.
-    pull[i, positive] = -(p.sum() - p[positive]) / p.sum()
-  grad = (pull + pull.T) @ u / (2 * n * temperature)
+  row_losses, slopes = zip(*(row(i, logits[i], np.arange(2 * n) != i) for i in range(2 * n)), strict=True)
+  slopes = np.stack(slopes)
+  grad = (slopes + slopes.T) @ u / (2 * n * temperature)
   if normalize:
     along = np.where(squared > 1e-12, np.sum(u * grad, axis=1, keepdims=True), 0)
     grad = (grad - u * along) / np.sqrt(squared)
-  return loss, grad.reshape(n, 2, dim), _contrast_metrics(logits.reshape(n, 2, n, 2))
+  return np.mean(row_losses), grad.reshape(n, 2, dim), _contrast_metrics(logits.reshape(n, 2, n, 2))
 
 
 def _contrast_metrics(logits):

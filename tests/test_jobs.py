@@ -108,6 +108,15 @@ def test_pretraining_leaves_checkpoints_metrics_figures_and_a_result(pretrained)
   assert list((pretrained / "tensorboard").iterdir())
 
 
+def test_a_run_in_micro_batches_with_split_parameters_leaves_an_encoder_like_any_other(tmp_path):
+  wide = ["--config.model.width=0.125", "--config.sharding.parameters=sharded", "--config.micro_batches=2"]
+  other = ["--config.loss.kind=dcl", "--config.head.online=false", "--config.total_steps=1"]
+  workdir = job("pretrain", tmp_path, *wide, *other)
+  encode, config = simclr_jax.load_encoder(str(workdir))
+  assert config.loss.kind == "dcl"
+  assert encode(np.zeros((2, 16, 16, 3), np.uint8)).shape == (2, 64)
+
+
 @shares_a_run
 def test_the_loss_starts_where_random_embeddings_put_it(pretrained):
   # ln(2N - 1) for unrelated views; two identical views would start far below.

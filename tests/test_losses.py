@@ -1,4 +1,4 @@
-"""NT-Xent against the reference's numbers, its definition in float64, and itself on other device counts."""
+"""The losses against the reference's numbers, their definitions in float64, and themselves on other device counts."""
 
 import functools
 import pathlib
@@ -15,15 +15,22 @@ from simclr_jax import errors, losses, sharding
 METRICS = ("contrast_acc", "contrast_entropy", "contrast_top1")
 
 
-@functools.partial(jax.jit, static_argnames=("normalize", "mesh", "block_size"))
-def loss_and_gradient(z, **options):
-  return jax.value_and_grad(lambda z: losses.nt_xent(z, **options), has_aux=True)(z)
+@functools.partial(jax.jit, static_argnames=("kind", "normalize", "mesh", "block_size"))
+def loss_and_gradient(z, kind, label, **options):
+  return jax.value_and_grad(lambda z: losses.contrast(kind, z, label, **options), has_aux=True)(z)
 
 
-def evaluate(z, **options):
+def evaluate(z, kind="nt_xent", label=None, **options):
   """Returns loss, gradient and metrics as NumPy numbers, from one jitted call."""
-  (loss, metrics), grad = loss_and_gradient(z, **options)
+  (loss, metrics), grad = loss_and_gradient(z, kind, label, **options)
   return np.asarray(loss), np.asarray(grad), {name: np.asarray(value) for name, value in metrics.items()}
+
+
+def twin(z, kind, label, **options):
+  """Returns what the definition says in float64."""
+  if kind == "sup_con":
+    return numpy_reference.sup_con(z, label, **options)
+  return getattr(numpy_reference, kind)(z, **options)
 
 
 def random_views(n, dim, seed=0, noise=1.0, dtype=np.float64):
@@ -124,39 +131,57 @@ def test_the_golden_numbers_of_the_reference_come_out():
     np.testing.assert_allclose(2 * evaluate(collapsed, temperature=0.1)[0], 2 * np.log(31), rtol=1e-6)
 
 
-def test_loss_and_gradient_are_those_of_the_dense_definition(x64):
-  z = jnp.asarray(random_views(6, 5))
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_loss_and_gradient_are_those_of_the_dense_definition(x64, kind):
+  z, label = jnp.asarray(random_views(7, 5)), np.array([0, 1, 0, 2, -7, 0, 1])
 
   def dense(z):
-    z = z.reshape(12, 5)
+    z = z.reshape(14, 5)
     z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
-    logits = jnp.where(jnp.eye(12) == 1, -jnp.inf, z @ z.T / 0.3)
-    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(12), jnp.arange(12) ^ 1])
+    logits = jnp.where(jnp.eye(14) == 1, -jnp.inf, z @ z.T / 0.3)
+    log_p = jax.nn.log_softmax(logits)
+    positive = np.arange(14)[:, None] ^ 1 == np.arange(14)[None, :]
+    if kind == "dcl":
+      log_p = logits - jax.nn.logsumexp(jnp.where(positive, -jnp.inf, logits), axis=1, keepdims=True)
+    if kind == "sup_con":
+      labels = np.repeat(label, 2)
+      positive = (labels[:, None] == labels[None, :]) & ~np.eye(14, dtype=bool)
+    return -jnp.mean(jnp.sum(jnp.where(positive, log_p, 0), axis=1) / positive.sum(axis=1))
 
   want_loss, want_grad = jax.value_and_grad(dense)(z)
-  loss, grad, _ = evaluate(z, temperature=0.3, block_size=4)
+  loss, grad, _ = evaluate(z, kind, label, temperature=0.3, block_size=4)
   np.testing.assert_allclose(loss, want_loss, rtol=1e-13)
   np.testing.assert_allclose(grad, want_grad, rtol=1e-11, atol=1e-14)
 
 
-def test_the_twins_gradient_is_the_slope_of_its_loss():
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_the_twins_gradient_is_the_slope_of_its_loss(kind):
+  label = np.array([3, 5, 3, 4])
   for normalize in (True, False):
     z = random_views(4, 3, seed=1)
-    _, grad, _ = numpy_reference.nt_xent(z, 0.4, normalize)
+    options = {"temperature": 0.4, "normalize": normalize}
+    _, grad, _ = twin(z, kind, label, **options)
     direction = np.random.default_rng(2).normal(size=z.shape)
-    ahead, behind = (numpy_reference.nt_xent(z + s * 1e-5 * direction, 0.4, normalize)[0] for s in (1, -1))
+    ahead, behind = (twin(z + s * 1e-5 * direction, kind, label, **options)[0] for s in (1, -1))
     np.testing.assert_allclose((ahead - behind) / 2e-5, np.sum(grad * direction), rtol=1e-8)
 
 
 @pytest.mark.parametrize(
-  ("n", "dim", "block_size", "normalize"),
-  [(8, 1, 1, False), (24, 3, 7, True), (264, 4, None, True)],
+  ("kind", "n", "dim", "block_size", "normalize"),
+  [
+    ("nt_xent", 8, 1, 1, False),
+    ("nt_xent", 264, 4, None, True),
+    ("sup_con", 264, 4, None, True),
+    ("sup_con", 88, 3, 5, False),
+    ("dcl", 88, 3, 5, True),
+  ],
 )
-def test_eight_devices_equal_one(n, dim, block_size, normalize):
+def test_eight_devices_equal_one(kind, n, dim, block_size, normalize):
+  label = np.random.default_rng(n).integers(0, n // 4, n)
   for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-5)):
     with jax.enable_x64(dtype == np.float64):
       z = random_views(n, dim, seed=n, dtype=dtype)
-      options = {"temperature": 0.5, "normalize": normalize, "block_size": block_size}
+      options = {"kind": kind, "label": label, "temperature": 0.5, "normalize": normalize, "block_size": block_size}
       loss, grad, metrics = evaluate(z, **options)
       sharded_loss, sharded_grad, sharded_metrics = evaluate(z, mesh=sharding.data_mesh(), **options)
       np.testing.assert_allclose(sharded_loss, loss, rtol=tolerance)
@@ -165,21 +190,65 @@ def test_eight_devices_equal_one(n, dim, block_size, normalize):
         np.testing.assert_allclose(sharded_metrics[name], metrics[name], rtol=tolerance)
 
 
-def test_any_shape_temperature_and_block_gives_the_definition(x64):
-  rng = np.random.default_rng(3)
-  for trial in range(8):
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_eight_devices_equal_one_on_near_duplicates(kind):
+  # Two images in a thousandfold of others: nearly all that the gradient is made of cancels.
+  z = random_views(40, 16, seed=5, noise=1e-3, dtype=np.float32)
+  z[1::2] = z[::2] + 1e-3 * random_views(20, 16, seed=6, dtype=np.float32)
+  options = {"kind": kind, "label": np.arange(40) // 2, "temperature": 0.1, "block_size": 16}
+  loss, grad, _ = evaluate(z, **options)
+  sharded_loss, sharded_grad, _ = evaluate(z, mesh=sharding.data_mesh(), **options)
+  np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+  np.testing.assert_allclose(sharded_grad, grad, rtol=0, atol=2e-4 * np.abs(grad).max())
+  _, want_grad, _ = twin(z, options["kind"], options["label"], temperature=0.1)
+  np.testing.assert_allclose(grad, want_grad, rtol=0, atol=2e-4 * np.abs(want_grad).max())
+
+
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_any_shape_temperature_block_and_rows_give_the_definition(x64, kind):
+  rng = np.random.default_rng(losses.KINDS.index(kind))
+  for trial in range(4):
     devices = int(rng.choice([1, 2, 3, 8]))
-    n = devices * int(rng.integers(1, 9))
+    n = devices * int(rng.integers(1, 9)) + (kind == "dcl" and devices == 1)
     z = random_views(n, int(rng.integers(1, 20)), seed=trial, noise=10 ** rng.uniform(-3, 1))
+    # Some images are copies of the first one, both views equal, and some rows are zero.
+    z[rng.random(n) < 0.2] = z[0, 0]
+    z[rng.random((n, 2)) < 0.2] = 0
+    label = rng.integers(-3, int(rng.integers(1, n + 1)), n)
     options = {"temperature": 10 ** rng.uniform(-1.5, 1), "normalize": bool(rng.integers(2))}
     mesh = None if devices == 1 else sharding.data_mesh(jax.devices()[:devices])
-    want_loss, want_grad, want_metrics = numpy_reference.nt_xent(z, **options)
-    loss, grad, metrics = evaluate(z, mesh=mesh, block_size=int(rng.integers(1, 2 * n + 1)), **options)
-    message = f"trial {trial}: {z.shape}, {devices} devices, {options}"
-    np.testing.assert_allclose(loss, want_loss, rtol=1e-10, atol=1e-14, err_msg=message)
-    np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-9 * np.abs(want_grad).max() + 1e-15, err_msg=message)
-    for name in METRICS:
+    want_loss, want_grad, want_metrics = twin(z, kind, label, **options)
+    block_size = int(rng.integers(1, 2 * n + 1))
+    loss, grad, metrics = evaluate(z, kind, label, mesh=mesh, block_size=block_size, **options)
+    message = f"trial {trial}: {z.shape}, {devices} devices, block {block_size}, {options}"
+    scale = np.where(np.any(z, axis=2, keepdims=True), np.linalg.norm(z, axis=2, keepdims=True), 1e-6)
+    scale = 1 / scale if options["normalize"] else np.abs(z).max()
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-10, atol=1e-13, err_msg=message)
+    assert np.all(np.abs(grad - want_grad) <= 1e-10 * scale / (n * options["temperature"])), message
+    for name in ("contrast_entropy",) if has_ties(z) else METRICS:
       np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-10, atol=1e-12, err_msg=message)
+
+
+def has_ties(z):
+  """Whether two rows are the same, so that the last bit of a product decides which is the larger."""
+  return len(np.unique(z.reshape(-1, z.shape[2]), axis=0)) < 2 * len(z)
+
+
+def test_with_all_labels_different_sup_con_is_nt_xent(x64):
+  z = random_views(24, 5, noise=0.1)
+  loss, grad, _ = evaluate(z, temperature=0.1)
+  for mesh in (None, sharding.data_mesh()):
+    sup_con_loss, sup_con_grad, _ = evaluate(z, "sup_con", 3 * np.arange(24)[::-1], temperature=0.1, mesh=mesh)
+    np.testing.assert_allclose(sup_con_loss, loss, rtol=1e-14)
+    np.testing.assert_allclose(sup_con_grad, grad, rtol=0, atol=1e-14 * np.abs(grad).max())
+
+
+def test_dcl_goes_below_zero_where_nt_xent_stops(x64):
+  z = random_views(8, 16, noise=1e-3)
+  assert evaluate(z, temperature=0.1)[0] > 0
+  loss, grad, _ = evaluate(z, "dcl", temperature=0.1)
+  assert loss < -1
+  assert np.abs(grad).max() > 10 * np.abs(evaluate(z, temperature=0.1)[1]).max()
 
 
 def test_similar_views_keep_their_digits_in_float32():
@@ -201,6 +270,15 @@ def test_of_equal_similarities_the_first_is_the_answer():
     assert metrics["contrast_top1"] == 0.75
 
 
+def test_of_equal_similarities_a_later_one_does_no_harm():
+  # The first image's first view is as close to both second views, and the other one's is not.
+  z = np.array([[[1, 0], [1, 1]], [[0, -1], [1, -1]]], np.float32)
+  for block_size in (1, 2):
+    _, _, metrics = evaluate(z, temperature=0.5, normalize=False, block_size=block_size)
+    assert metrics["contrast_acc"] == 1
+    assert metrics["contrast_top1"] == 0.75
+
+
 def test_accuracy_is_over_the_second_views_and_top1_over_everything():
   # Each first view is closest to the other first view, and of the second views to its own.
   z = np.array([[[1, 0], [1, -0.9]], [[1, 0.2], [1, 1]]], np.float32)
@@ -209,26 +287,49 @@ def test_accuracy_is_over_the_second_views_and_top1_over_everything():
   assert metrics["contrast_top1"] == 0.5
 
 
-def test_metrics_carry_no_gradient():
-  z = jnp.asarray(random_views(8, 4, dtype=np.float32))
-  for mesh in (None, sharding.data_mesh()):
-    of_metrics = lambda z, mesh=mesh: sum(losses.nt_xent(z, temperature=0.5, mesh=mesh)[1].values())
-    np.testing.assert_array_equal(jax.jit(jax.grad(of_metrics))(z), 0)
+def test_the_three_names_are_the_three_kinds():
+  z, label = random_views(8, 4, dtype=np.float32), np.arange(8) // 2
+  three = lambda z: (
+    losses.nt_xent(z, temperature=0.5),
+    losses.sup_con(z, label, temperature=0.5),
+    losses.dcl(z, temperature=0.5),
+  )
+  for (loss, metrics), kind in zip(jax.jit(three)(z), losses.KINDS, strict=True):
+    want_loss, _, want_metrics = twin(z, kind, label, temperature=0.5)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    assert metrics.keys() == want_metrics.keys()
 
 
-def test_the_gradient_scales_with_what_comes_after_the_loss():
-  z = jnp.asarray(random_views(8, 4, dtype=np.float32))
+def test_the_loss_alone_and_its_metrics_are_those_of_the_gradients_call():
+  z, label = random_views(24, 4, dtype=np.float32), np.arange(24) % 5
+  loss, _, metrics = evaluate(z, "sup_con", label, temperature=0.5, block_size=7)
+  alone = jax.jit(functools.partial(losses.sup_con, temperature=0.5, block_size=7))(z, label)
+  np.testing.assert_allclose(alone[0], loss, rtol=1e-6)
+  for name in METRICS:
+    np.testing.assert_allclose(alone[1][name], metrics[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_the_gradient_scales_with_what_comes_after_the_loss_and_metrics_have_none(kind):
+  z, label = jnp.asarray(random_views(8, 4, dtype=np.float32)), np.arange(8) // 3
   mesh = sharding.data_mesh()
-  once = jax.jit(jax.grad(lambda z: losses.nt_xent(z, temperature=0.5, mesh=mesh)[0]))(z)
-  thrice = jax.jit(jax.grad(lambda z: 3 * losses.nt_xent(z, temperature=0.5, mesh=mesh)[0]))(z)
-  np.testing.assert_allclose(thrice, 3 * once, rtol=0, atol=1e-6 * np.abs(once).max())
+
+  def after(z, scale):
+    loss, metrics = losses.contrast(kind, z, label, temperature=0.5, mesh=mesh)
+    return scale * loss + sum(metrics.values())
+
+  gradient = jax.jit(jax.grad(after))
+  once = gradient(z, 1.0)
+  np.testing.assert_allclose(gradient(z, 3.0), 3 * once, rtol=0, atol=1e-6 * np.abs(once).max())
+  np.testing.assert_array_equal(gradient(z, 0.0), 0)
 
 
-def test_the_temperature_can_be_learned(x64):
-  z = jnp.asarray(random_views(16, 4))
-  slope = (numpy_reference.nt_xent(z, 0.5 + 1e-6)[0] - numpy_reference.nt_xent(z, 0.5 - 1e-6)[0]) / 2e-6
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_the_temperature_can_be_learned(x64, kind):
+  z, label = jnp.asarray(random_views(16, 4)), np.arange(16) // 3
+  slope = (twin(z, kind, label, temperature=0.5 + 1e-6)[0] - twin(z, kind, label, temperature=0.5 - 1e-6)[0]) / 2e-6
   for mesh in (None, sharding.data_mesh()):
-    loss_fn = lambda temperature, mesh=mesh: losses.nt_xent(z, temperature=temperature, mesh=mesh)[0]
+    loss_fn = lambda temperature, mesh=mesh: losses.contrast(kind, z, label, temperature=temperature, mesh=mesh)[0]
     np.testing.assert_allclose(jax.jit(jax.grad(loss_fn))(0.5), slope, rtol=1e-8)
 
 
@@ -252,46 +353,53 @@ def test_strongly_negative_similarities_do_not_overflow():
   assert np.isfinite(metrics["contrast_entropy"])
 
 
-def test_every_product_is_at_the_highest_precision():
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_every_product_is_at_the_highest_precision(kind):
   # Accelerators round the factors otherwise, to bfloat16 or TF32, and a CPU would not show it.
-  loss_fn = jax.value_and_grad(lambda z: losses.nt_xent(z, temperature=0.1), has_aux=True)
+  loss_fn = jax.value_and_grad(lambda z: losses.contrast(kind, z, np.arange(8), temperature=0.1), has_aux=True)
   program = jax.jit(loss_fn).lower(jnp.zeros((8, 2, 4))).as_text()
   products = [line for line in program.splitlines() if "dot_general" in line]
-  assert len(products) == 7
+  # For each view of the columns: the logits of both passes and the gradient.
+  assert len(products) == 6
   assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
-def compiled_on_eight_devices(n, dim, block_size):
+def compiled_on_eight_devices(kind, n, dim, block_size):
   mesh = sharding.data_mesh()
   z = jax.ShapeDtypeStruct((n, 2, dim), jnp.float32, sharding=sharding.batched(mesh))
+  label = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding.batched(mesh))
   options = {"temperature": 0.1, "mesh": mesh, "block_size": block_size}
-  return jax.jit(jax.value_and_grad(lambda z: losses.nt_xent(z, **options), has_aux=True)).lower(z).compile()
+  loss_fn = lambda z, label: losses.contrast(kind, z, label, **options)
+  return jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(z, label).compile()
 
 
-def test_no_device_holds_its_rows_of_the_logits():
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_no_device_holds_its_rows_of_the_logits(kind):
   n, dim, block_size = 128, 4, 16
-  hlo = compiled_on_eight_devices(n, dim, block_size).as_text()
-  sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", hlo)]
+  hlo = compiled_on_eight_devices(kind, n, dim, block_size).as_text()
+  sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"\w\d+\[([\d,]+)\]", hlo)]
   rows_of_one_view = n // 8 * n
   assert 2 * n * dim in sizes, "the gathered embeddings are in the program"
   assert max(sizes) < rows_of_one_view
 
 
-def test_two_gathers_and_nothing_else_but_scalars_cross_devices():
-  hlo = compiled_on_eight_devices(16, 4, None).as_text()
-  results = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", hlo)
-  assert sum(kind == "all-gather" for _, kind in results) == 2
-  for result, kind in results:
-    assert kind in ("all-gather", "all-reduce")
-    if kind == "all-reduce":
+@pytest.mark.parametrize(("kind", "gathers"), [("nt_xent", 2), ("sup_con", 3), ("dcl", 2)])
+def test_nothing_but_the_gathers_and_scalars_crosses_devices(kind, gathers):
+  hlo = compiled_on_eight_devices(kind, 16, 4, None).as_text()
+  results = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+|ragged-\S+)(?:-start)?\(", hlo)
+  assert sum(operation == "all-gather" for _, operation in results) == gathers
+  for result, operation in results:
+    assert operation in ("all-gather", "all-reduce")
+    if operation == "all-reduce":
       assert set(re.findall(r"\w+\[.*?\]", result)) == {"f32[]"}
 
 
-def test_memory_grows_linearly_with_the_batch():
+@pytest.mark.parametrize("kind", losses.KINDS)
+def test_memory_grows_linearly_with_the_batch(kind):
   def peak(n):
-    z = jax.ShapeDtypeStruct((n, 2, 32), jnp.float32)
-    loss_fn = jax.value_and_grad(lambda z: losses.nt_xent(z, temperature=0.1), has_aux=True)
-    return jax.jit(loss_fn).lower(z).compile().memory_analysis().temp_size_in_bytes
+    z, label = jax.ShapeDtypeStruct((n, 2, 32), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+    loss_fn = jax.value_and_grad(lambda z, label: losses.contrast(kind, z, label, temperature=0.1), has_aux=True)
+    return jax.jit(loss_fn).lower(z, label).compile().memory_analysis().temp_size_in_bytes
 
   assert peak(8192) < 2.2 * peak(4096)
 
@@ -305,12 +413,17 @@ def test_memory_grows_linearly_with_the_batch():
     ((12, 2, 4), {"mesh": 8}, "multiple of 8"),
     ((8, 2, 4), {"temperature": 0.0}, "temperature"),
     ((8, 2, 4), {"block_size": 0}, "block_size"),
+    ((8, 2, 4), {"kind": "supcon"}, 'did you mean "sup_con"'),
+    ((1, 2, 4), {"kind": "dcl"}, "at least 2"),
+    ((8, 2, 4), {"kind": "sup_con"}, "no labels"),
+    ((8, 2, 4), {"kind": "sup_con", "label": np.zeros(16, int)}, "[8]"),
+    ((8, 2, 4), {"kind": "sup_con", "label": np.zeros(8)}, "integer"),
   ],
 )
 def test_a_wrong_argument_is_named_in_one_line(shape, options, says):
-  options = {"temperature": 0.1, **options}
+  options = {"kind": "nt_xent", "temperature": 0.1, **options}
   if "mesh" in options:
     options["mesh"] = sharding.data_mesh()
   with pytest.raises(errors.UserError, match=re.escape(says)) as caught:
-    losses.nt_xent(jnp.zeros(shape), **options)
+    losses.contrast(z=jnp.zeros(shape), **options)
   assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ beat). Without --config the run's own is used. Writes `result.json`, and a check
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def train_step(
   frozen: bool,
   weight_decay: float,
   optimizer: str,
+  whole: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and the metrics before it.
 
@@ -47,10 +49,11 @@ def train_step(
     frozen: train the classifier alone; the encoder's arrays leave as they came, bit for bit.
     weight_decay: for what the optimizer leaves to the loss.
     optimizer: its name, which decides that.
+    whole: makes parameters that are split over the devices whole on each.
   """
 
   def loss_fn(trained):
-    variables = {"params": {**state.params, **trained}, "batch_stats": state.batch_stats}
+    variables = {"params": whole({**state.params, **trained}), "batch_stats": state.batch_stats}
     logits, updates = model.apply(
       variables, batch["image"], train=True, frozen=frozen, mutable=[] if frozen else ["batch_stats"]
     )
@@ -107,7 +110,9 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
   rows = setup.train_rows(config, train, transform, batch_size=recipe.batch_size, key=f"{job}.batch_size")
   checkpoints = setup.checkpoints_of(config, workdir, job=job, **sizes)
 
-  params, batch_stats = state_lib.variables(model, config.data.image_size, config.seed, mesh)
+  params, batch_stats = state_lib.variables(
+    model, config.data.image_size, config.seed, mesh, split=setup.is_split(config)
+  )
   if pretrained:
     encoder, statistics = checkpoint.load_model(
       config.checkpoint, {"encoder": params["encoder"]}, {"encoder": batch_stats["encoder"]}
@@ -117,12 +122,14 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
   step_fn = setup.jitted(
     train_step,
     mesh,
+    state,
     model=model,
     tx=tx,
     schedule=schedule,
     frozen=frozen,
     weight_decay=recipe.optimizer.weight_decay,
     optimizer=recipe.optimizer.name,
+    whole=setup.whole_of(config, mesh),
   )
   evaluate = _held_out_accuracy(model, setup.evaluation_rows(config, held_out), mesh)
   telemetry.log.info(

@@ -6,14 +6,18 @@ along and shows how good the features are. Needs --config and --workdir. Killed 
 where the last checkpoint stands.
 """
 
+import functools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import evaluation, figures, inference, losses, optim, telemetry
+from simclr_jax import errors, evaluation, figures, inference, losses, optim, sharding, telemetry
 from simclr_jax import loop as training_loop
 from simclr_jax import state as state_lib
 from simclr_jax.data import host_augment
@@ -36,6 +40,9 @@ def train_step(
   loss_scale: float,
   weight_decay: float,
   optimizer: str,
+  loss_kind: str = "nt_xent",
+  micro_batches: int = 1,
+  whole: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and the metrics before it.
 
@@ -46,75 +53,110 @@ def train_step(
     tx: its optimizer.
     schedule: the learning rate, for the metrics.
     mesh: the devices that share the batch; None for one.
-    temperature: of NT-Xent.
+    temperature: of the loss.
     normalize: whether embeddings are L2-normalised.
     loss_scale: factor on the paper's loss in what is optimised.
     weight_decay: for what the optimizer leaves to the loss (reference: supervised kernel under LARS, else everything
       but BatchNorm).
     optimizer: its name, which decides that.
+    loss_kind: one of `losses.KINDS`.
+    micro_batches: parts of the batch that go through the network one after the other. The contrastive gradient stays
+      that of the whole batch; BatchNorm takes its statistics over one part, see `_micro_batched_gradients`.
+    whole: makes parameters that are split over the devices whole on each.
   """
-  images = batch["views"].reshape(-1, *batch["views"].shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
 
-  def loss_fn(params):
-    variables = {"params": params, "batch_stats": state.batch_stats}
-    # One pass over both views: BatchNorm's statistics are theirs together, and those of all devices.
-    (_, z, logits), updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    loss, metrics = losses.nt_xent(
-      z.reshape(-1, 2, z.shape[-1]), temperature=temperature, normalize=normalize, mesh=mesh
+  def contrast(z):
+    value, metrics = losses.contrast(
+      loss_kind, z, batch["label"], temperature=temperature, normalize=normalize, mesh=mesh
     )
-    metrics |= {
-      "loss": loss,
-      "weight_decay": optim.weight_decay_loss(params, weight_decay, optimizer=optimizer),
-    }
-    total = loss_scale * loss + metrics["weight_decay"]
-    if logits is not None:
-      metrics["supervised_loss"], metrics["supervised_acc"] = setup.cross_entropy(logits, batch["label"].repeat(2))
-      total += metrics["supervised_loss"]
-    return total, ({**metrics, "total_loss": total}, updates["batch_stats"])
+    return loss_scale * value, {**metrics, "loss": value}
 
-  grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+  def network(params, batch):
+    # One pass over both views: BatchNorm's statistics are theirs together, and those of all devices.
+    images = batch["views"].reshape(-1, *batch["views"].shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    (_, z, logits), updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    supervised = {}
+    if logits is not None:
+      names = ("supervised_loss", "supervised_acc")
+      supervised = dict(zip(names, setup.cross_entropy(logits, batch["label"].repeat(2)), strict=True))
+    return z.reshape(-1, 2, z.shape[-1]), supervised, updates["batch_stats"]
+
+  decay = functools.partial(optim.weight_decay_loss, weight_decay=weight_decay, optimizer=optimizer)
+  if micro_batches == 1:
+    parts = _gradients(network, contrast, decay, state.params, batch, whole)
+  else:
+    parts = _micro_batched_gradients(network, contrast, decay, state.params, batch, whole, micro_batches, mesh)
+  grads, metrics, batch_stats = parts
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  metrics["total_loss"] = loss_scale * metrics["loss"] + metrics["weight_decay"] + metrics.get("supervised_loss", 0)
   metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
   params = optax.apply_updates(state.params, updates)
   return state_lib.TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
+def _gradients(network, contrast, decay, params, batch, whole):
+  """Returns (gradients, metrics, new batch_stats) of a batch that goes through the network in one piece."""
+
+  def loss_fn(params):
+    z, supervised, batch_stats = network(whole(params), batch)
+    value, metrics = contrast(z)
+    metrics |= {**supervised, "weight_decay": decay(params)}
+    return value + metrics["weight_decay"] + supervised.get("supervised_loss", 0), (metrics, batch_stats)
+
+  grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
+  return grads, metrics, batch_stats
+
+
+def _micro_batched_gradients(network, contrast, decay, params, batch, whole, count, mesh):
+  """Returns what `_gradients` does, holding the activations of one micro-batch at a time.
+
+  Everything is embedded without gradients, the loss is differentiated at the embeddings of the whole batch, and each
+  micro-batch is embedded again to take its part of that gradient back through the network (Gao et al. 2021,
+  arXiv 2101.06983). BatchNorm sees one micro-batch, the same in both passes; its moving averages move once, by the
+  mean over the micro-batches.
+  """
+
+  def part(number):
+    # Every `count`-th image, so that nothing moves between devices, and the parts do not depend on how many there are.
+    rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, number], batch)
+    return rows if mesh is None else jax.lax.with_sharding_constraint(rows, sharding.batched(mesh))
+
+  z = jax.lax.map(lambda number: network(whole(params), part(number))[0], jnp.arange(count))
+  z = z.swapaxes(0, 1)  # f32[N / count, count, 2, D], the order of the batch.
+  pull, metrics = jax.grad(contrast, has_aux=True)(z.reshape(-1, *z.shape[2:]))
+  pull = pull.reshape(z.shape)
+
+  def back(number):
+    def loss_fn(params):
+      z, supervised, batch_stats = network(whole(params), part(number))
+      value = jnp.sum(pull[:, number] * z) + supervised.get("supervised_loss", 0) / count
+      return value, (supervised, batch_stats)
+
+    grads, means = jax.grad(loss_fn, has_aux=True)(params)
+    return grads, jax.tree.map(lambda x: x / count, means)
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(back, 0))
+  add = lambda total, number: (jax.tree.map(jnp.add, total, back(number)), None)
+  (grads, (supervised, batch_stats)), _ = jax.lax.scan(add, zeros, jnp.arange(count))
+  metrics["weight_decay"], decay_grads = jax.value_and_grad(decay)(params)
+  return jax.tree.map(jnp.add, grads, decay_grads), {**metrics, **supervised}, batch_stats
+
+
 def run(config, workdir: str) -> dict[str, float]:
   """Pretrains, and returns (and writes to `result.json`) the accuracy of the online head if there is one."""
-  mesh = setup.mesh_for(config, ("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size))
+  mesh = mesh_of(config)
   train = setup.source_of(config, config.data.train_split)
-  classes = train.num_classes if config.head.online else 0
-  model = simclr.SimCLR(
-    inference.encoder_of(config.model),
-    setup.projection_head_of(config),
-    setup.linear_head_of(config, classes),
-  )
-  tx, schedule, total_steps = setup.optimizer_of(
-    config.optimizer,
-    examples=train.num_examples,
-    batch_size=config.batch_size,
-    total_epochs=config.total_epochs,
-    total_steps=config.total_steps,
-  )
+  if config.loss.kind == "sup_con" and not train.num_classes:
+    raise errors.UserError("config.loss.kind sup_con attracts images of one label, and these have none; use nt_xent.")
+  model, tx, schedule, total_steps = parts_of(config, examples=train.num_examples, classes=train.num_classes)
   sizes = {"examples": train.num_examples, "batch_size": config.batch_size}
   rows = setup.train_rows(config, train, views_of(config), batch_size=config.batch_size, key="batch_size")
-  evaluate = _online_accuracy(config, model, mesh) if classes and config.data.eval_split else None
+  evaluate = _online_accuracy(config, model, mesh) if model.linear_head and config.data.eval_split else None
   checkpoints = setup.checkpoints_of(config, workdir, job="pretrain", **sizes)
 
-  state = state_lib.create(*state_lib.variables(model, config.data.image_size, config.seed, mesh), tx)
-  step_fn = setup.jitted(
-    train_step,
-    mesh,
-    model=model,
-    tx=tx,
-    schedule=schedule,
-    mesh=mesh,
-    temperature=config.loss.temperature,
-    normalize=config.loss.normalize,
-    loss_scale=config.loss.scale,
-    weight_decay=config.optimizer.weight_decay,
-    optimizer=config.optimizer.name,
-  )
+  split = setup.is_split(config)
+  state = state_lib.create(*state_lib.variables(model, config.data.image_size, config.seed, mesh, split=split), tx)
   telemetry.log.info(
     "pretrain: %d images, %d steps of %d, encoder %s parameters, %s",
     train.num_examples,
@@ -125,7 +167,7 @@ def run(config, workdir: str) -> dict[str, float]:
   )
   _, result = training_loop.train(
     state,
-    step_fn,
+    step_of(config, model, tx, schedule, mesh, state),
     rows,
     mesh=mesh,
     workdir=workdir,
@@ -139,6 +181,50 @@ def run(config, workdir: str) -> dict[str, float]:
     evaluate_every_steps=setup.every(config.evaluate_every_epochs, **sizes),
   )
   return _finish(workdir, rows, result)
+
+
+def mesh_of(config, devices=None) -> jax.sharding.Mesh:
+  """Returns the mesh of the devices (default: all), once what the config says of it is known to fit."""
+  setup.choice("loss.kind", config.loss.kind, losses.KINDS)
+  sizes = (("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size))
+  return setup.mesh_for(config, *sizes, devices=devices, micro_batches=config.micro_batches)
+
+
+def parts_of(config, *, examples: int, classes: int):
+  """Returns (model, optimizer, schedule, steps of the run) for a training split of so many images and classes."""
+  model = simclr.SimCLR(
+    inference.encoder_of(config.model),
+    setup.projection_head_of(config),
+    setup.linear_head_of(config, classes if config.head.online else 0),
+  )
+  return model, *setup.optimizer_of(
+    config.optimizer,
+    examples=examples,
+    batch_size=config.batch_size,
+    total_epochs=config.total_epochs,
+    total_steps=config.total_steps,
+  )
+
+
+def step_of(config, model, tx, schedule, mesh, state):
+  """Returns the compiled-to-be `train_step` for states that are placed as `state`, or its shapes, is."""
+  return setup.jitted(
+    train_step,
+    mesh,
+    state,
+    model=model,
+    tx=tx,
+    schedule=schedule,
+    mesh=mesh,
+    temperature=config.loss.temperature,
+    normalize=config.loss.normalize,
+    loss_scale=config.loss.scale,
+    weight_decay=config.optimizer.weight_decay,
+    optimizer=config.optimizer.name,
+    loss_kind=config.loss.kind,
+    micro_batches=config.micro_batches,
+    whole=setup.whole_of(config, mesh),
+  )
 
 
 def views_of(config):

@@ -19,6 +19,8 @@ FREE_KEYS = (
   "eval_batch_size",
   "evaluate_every_epochs",
   "data.dir",
+  "model.remat",
+  "sharding.",
 )
 
 
@@ -29,14 +31,19 @@ def choice(key: str, value: str, known) -> str:
   return value
 
 
-def mesh_for(config, *batch_sizes: tuple[str, int]) -> jax.sharding.Mesh:
-  """Returns the mesh of all devices, after checking what can be checked before anything is compiled."""
-  mesh = sharding.data_mesh()
+def mesh_for(config, *batch_sizes: tuple[str, int], devices=None, micro_batches: int = 1) -> jax.sharding.Mesh:
+  """Returns the mesh of the devices (default: all), after checking what can be checked before anything is compiled.
+
+  The first of the batch sizes is the one that `micro_batches` cuts.
+  """
+  mesh = sharding.data_mesh(devices)
   for key, size in batch_sizes:
-    sharding.check_divisible(size, mesh, name=f"config.{key}")
+    sharding.check_divisible(size, mesh, micro_batches=micro_batches, name=f"config.{key}")
+    micro_batches = 1
   for key in ("dtype", "param_dtype"):
     choice(f"model.{key}", config.model[key], DTYPES)
   choice("augment.place", config.augment.place, ("host",))
+  choice("sharding.parameters", config.sharding.parameters, ("replicated", "sharded"))
   host_augment.check_color(config.augment.color_strength, config.augment.brightness)
   return mesh
 
@@ -141,13 +148,26 @@ def optimizer_of(
   return tx, schedule, steps
 
 
-def jitted(step_fn, devices: jax.sharding.Mesh, /, **constants):
-  """Returns (state, batch) -> (state, metrics): one program for all devices, the batch split, the state donated."""
-  replicated, batched = sharding.replicated(devices), sharding.batched(devices)
+def is_split(config) -> bool:
+  """Whether parameters and optimizer state are split over the devices."""
+  return config.sharding.parameters == "sharded"
+
+
+def whole_of(config, mesh: jax.sharding.Mesh):
+  """Returns what makes parameters whole on every device before the network uses them."""
+  return sharding.gathered(mesh) if is_split(config) else lambda params: params
+
+
+def jitted(step_fn, devices: jax.sharding.Mesh, state, /, **constants):
+  """Returns (state, batch) -> (state, metrics): one program for all devices, the batch split, the state donated.
+
+  `state` is one, or its shapes, placed as the step's is to stay.
+  """
+  placement = jax.tree.map(lambda array: array.sharding, state)
   return jax.jit(
     functools.partial(step_fn, **constants),
-    in_shardings=(replicated, batched),
-    out_shardings=replicated,
+    in_shardings=(placement, sharding.batched(devices)),
+    out_shardings=(placement, sharding.replicated(devices)),
     donate_argnums=0,
   )
 
@@ -173,8 +193,8 @@ def checkpoints_of(config, workdir: str, *, job: str, examples: int, batch_size:
 def fits(ours: dict, theirs: dict, path: str) -> None:
   """Raises a UserError if the command asks for another encoder than the checkpoint's."""
   for key, value in theirs["model"].items():
-    # Compute precision is the reader's choice; the arrays are the same.
-    if key not in ("dtype", "param_dtype") and ours["model"].get(key) != value:
+    # Precision and what is computed again are the reader's choice; the arrays are the same.
+    if key not in ("dtype", "param_dtype", "remat") and ours["model"].get(key) != value:
       raise errors.UserError(
         f"checkpoint {path} was trained with config.model.{key} = {value!r}, not {ours['model'].get(key)!r}; "
         "leave --config out to use the checkpoint's own."

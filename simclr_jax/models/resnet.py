@@ -13,10 +13,23 @@ BASIC_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 BOTTLENECK_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 BLOCKS = BASIC_BLOCKS | BOTTLENECK_BLOCKS
 
+REMAT = ("none", "convs", "blocks")
+
 
 def channels(base: int, width: float) -> int:
   """Returns the number of channels at a width multiplier, which may be a fraction."""
   return max(1, round(base * width))
+
+
+def remat_of_groups(remat: str) -> list[str]:
+  """Returns the policies of the four block groups, from one for all (`convs`) or four (`blocks,convs,none,none`)."""
+  policies = remat.replace(" ", "").split(",")
+  for policy in policies:
+    if policy not in REMAT:
+      raise errors.UserError(f"model.remat has {policy!r}{errors.nearest(policy, REMAT)}; use {', '.join(REMAT)}.")
+  if len(policies) not in (1, 4):
+    raise errors.UserError(f"model.remat {remat!r} has {len(policies)} parts; give one for all block groups, or four.")
+  return policies * (4 // len(policies))
 
 
 class SelectiveKernel(nn.Module):
@@ -124,6 +137,9 @@ class ResNet(nn.Module):
   Statistics and h are in at least float32, whatever `dtype` is. The tensors `initial_conv` (before
   batch norm), `initial_max_pool`, `block_group1` to `block_group4` and `final_avg_pool` are sown
   as intermediates. The modules are created in the order in which the reference numbers its layers.
+
+  `remat` trades time for memory and changes no result, see `remat_of_groups`: `convs` keeps the
+  convolutions' outputs and computes batch norm and ReLU again, `blocks` keeps the blocks' inputs alone.
   """
 
   depth: int = 50
@@ -131,6 +147,7 @@ class ResNet(nn.Module):
   sk_ratio: float = 0.0
   se_ratio: float = 0.0
   small_images: bool = False
+  remat: str = "none"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -145,6 +162,7 @@ class ResNet(nn.Module):
       raise errors.UserError(f"images have shape {images.shape}; a ResNet takes [batch, height, width, 3]: RGB, last.")
     make = layers.Layers(self.dtype, self.param_dtype)
     x = self._stem(layers.as_float(images, self.dtype), make, train=train)
+    remat = remat_of_groups(self.remat)
     for group, blocks in enumerate(BLOCKS[self.depth]):
       for block in range(blocks):
         residual = Block(
@@ -157,7 +175,7 @@ class ResNet(nn.Module):
           make=make,
           name=f"group{group + 1}_block{block + 1}",
         )
-        x = residual(x, train=train)
+        x = _with_remat(remat[group], train)(residual, x)
       self.sow("intermediates", f"block_group{group + 1}", x)
     h = x.mean(axis=(1, 2), dtype=layers.at_least_float32(self.dtype))
     self.sow("intermediates", "final_avg_pool", h)
@@ -181,3 +199,11 @@ class ResNet(nn.Module):
       x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
     self.sow("intermediates", "initial_max_pool", x)
     return x
+
+
+def _with_remat(policy: str, train: bool):
+  """Returns (block, x) -> block(x), with what the backward pass needs recomputed as `policy` says."""
+  call = lambda block, x: block(x, train=train)
+  if policy == "none":
+    return call
+  return nn.remat(call, policy=jax.checkpoint_policies.dots_saveable if policy == "convs" else None)

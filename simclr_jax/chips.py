@@ -1,0 +1,54 @@
+"""Facts about accelerators: memory, peak arithmetic and memory bandwidth, each with its source."""
+
+import dataclasses
+
+import jax
+
+_TPU = "docs.cloud.google.com/tpu/docs"
+_NVIDIA = "nvidia.com, data sheet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip, as its maker describes it.
+
+  Attributes:
+    name: for people.
+    memory: bytes of high-bandwidth memory.
+    flops: peak dense matrix FLOP/s with bfloat16 (V100: float16) factors and float32 sums.
+    bandwidth: bytes/s of its memory.
+    source: where these are from.
+    devices: JAX devices of one chip on a machine that has it.
+  """
+
+  name: str
+  memory: float
+  flops: float
+  bandwidth: float
+  source: str
+  devices: int = 1
+
+
+GIB, TERA, GIGA = 2**30, 1e12, 1e9
+
+# By JAX's `device_kind`. Sparsity never counts.
+CHIPS = {
+  "TPU v2": Chip("TPU v2", 16 * GIB, 45 * TERA, 700 * GIGA, "Norrie et al. 2021, IEEE Micro 41(2), table 1", 2),
+  "TPU v3": Chip("TPU v3", 32 * GIB, 123 * TERA, 900 * GIGA, f"{_TPU}/v3", 2),
+  "TPU v4": Chip("TPU v4", 32 * GIB, 275 * TERA, 1200 * GIGA, f"{_TPU}/v4"),
+  "TPU v5 lite": Chip("TPU v5e", 16 * GIB, 197 * TERA, 819 * GIGA, f"{_TPU}/v5e"),
+  "TPU v5": Chip("TPU v5p", 95 * GIB, 459 * TERA, 2765 * GIGA, f"{_TPU}/v5p"),
+  "TPU v6 lite": Chip("TPU v6e", 32 * GIB, 918 * TERA, 1638 * GIGA, f"{_TPU}/v6e"),
+  "TPU7x": Chip("TPU7x", 192 * GIB, 2307 * TERA, 7380 * GIGA, f"{_TPU}/tpu7x", 2),
+  "Tesla V100-SXM2-16GB": Chip("V100 16 GB", 16 * GIB, 125 * TERA, 900 * GIGA, _NVIDIA),
+  "Tesla V100-SXM2-32GB": Chip("V100 32 GB", 32 * GIB, 125 * TERA, 900 * GIGA, _NVIDIA),
+  "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 40 * GIB, 312 * TERA, 1555 * GIGA, _NVIDIA),
+  "NVIDIA A100-SXM4-80GB": Chip("A100 80 GB", 80 * GIB, 312 * TERA, 2039 * GIGA, _NVIDIA),
+  "NVIDIA H100 80GB HBM3": Chip("H100", 80 * GIB, 989 * TERA, 3350 * GIGA, _NVIDIA),
+  "NVIDIA H200": Chip("H200", 141 * GIGA, 989 * TERA, 4800 * GIGA, _NVIDIA),
+}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+  """Returns the facts about the chip that `device` is on; None for a CPU or an unknown chip."""
+  return CHIPS.get(device.device_kind)

@@ -1,0 +1,173 @@
+"""What a program costs: model FLOPs from its trace, memory and collectives from what the compiler made of it."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+Counter = collections.Counter
+
+
+def matrix_flops(function: Callable, *args: Any) -> int:
+  """Returns the FLOPs of the convolutions and matrix products that one call of `function` asks for.
+
+  Two for each multiply-add, padding included, as ResNet's published 4.1 billion multiply-adds are counted. Nothing is
+  computed or compiled. A loop's body counts as often as it runs, a rematerialised piece as often as it is written.
+
+  Args:
+    function: anything that JAX can trace.
+    *args: arrays or their shapes.
+  """
+  return _flops_of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops_of(jaxpr) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params, shapes = equation.primitive.name, equation.params, [v.aval.shape for v in equation.invars]
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      out = math.prod(equation.outvars[0].aval.shape)
+      total += 2 * out * math.prod(shapes[0][axis] for axis in contracted)
+    elif name == "conv_general_dilated":
+      spec = params["dimension_numbers"].rhs_spec
+      # The kernel's input channels are those of one group already.
+      taps = math.prod(shapes[1][axis] for axis in spec[1:])
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * taps
+    else:
+      times = params["length"] if name == "scan" else 1
+      total += times * sum(_flops_of(inner) for inner in _inner(params))
+  return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+  for value in params.values():
+    for x in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(x, core.ClosedJaxpr):
+        yield x.jaxpr
+      elif isinstance(x, core.Jaxpr):
+        yield x
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One kind of exchange between the devices in a compiled program.
+
+  Attributes:
+    kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+    purpose: `loss`, `batch norm`, or `parameters` (their gradients, and gathering them where they are split).
+    calls: times that one step runs it.
+    bytes: what each device ends up with or puts in, whichever is more, over all calls.
+    shapes: of its results, as the program has them.
+  """
+
+  kind: str
+  purpose: str
+  calls: int
+  bytes: int
+  shapes: tuple[str, ...]
+
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+# An asynchronous pair counts where it is done: the start's result holds operands and scratch too.
+_OPERATION = re.compile(rf"= (?P<result>.*?) (?P<kind>{_KINDS})(?P<phase>-start|-done)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+
+def collectives(hlo: str, devices: int) -> list[Collective]:
+  """Returns the exchanges of one run of a compiled program over so many devices, those of a loop's body once a turn.
+
+  Args:
+    hlo: text of the compiled module, of any backend.
+    devices: that share the program.
+  """
+  bodies, entry = _computations(hlo)
+  runs = _runs(bodies, entry)
+  found = []
+  for name, lines in bodies.items():
+    for line in lines if runs[name] else ():
+      match = _OPERATION.search(line)
+      if match is None or match["phase"] == "-start":
+        continue
+      shapes = tuple(f"{kind}[{dims}]" for kind, dims in _SHAPE.findall(match["result"]))
+      size = sum(_size(shape) for shape in shapes) * (devices if match["kind"] == "reduce-scatter" else 1)
+      found.append(Collective(match["kind"], _purpose(line, lines, shapes), runs[name], runs[name] * size, shapes))
+  return found
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+  bodies, entry, current = {}, "", None
+  for line in hlo.splitlines():
+    header = re.match(r"(ENTRY )?(%[\w.\-]+) \(.*\{\s*$", line)
+    if header:
+      current = bodies.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif current is not None and line.startswith(" "):
+      current.append(line)
+  return bodies, entry
+
+
+def _runs(bodies: dict[str, list[str]], entry: str) -> Counter:
+  """Returns how often each computation runs."""
+  runs = Counter()
+
+  def visit(name, times):
+    runs[name] += times
+    for line in bodies.get(name, ()):
+      # What completes or updates an asynchronous call names the same computation once more.
+      if re.search(r" async-(done|update)\(", line):
+        continue
+      for called in _CALLED.findall(line):
+        for inner in called.split(", "):
+          visit(inner, times * (_turns(bodies, line) if " while(" in line else 1))
+
+  visit(entry, 1)
+  return runs
+
+
+def _turns(bodies: dict[str, list[str]], loop: str) -> int:
+  """Returns how often a while loop turns: told by the compiler, or the bound that its condition compares with."""
+  told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
+  if told:
+    return int(told[1])
+  condition = bodies[re.search(r"condition=(%[\w.\-]+)", loop)[1]]
+  bounds = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+  return max(bounds, default=1)
+
+
+def _size(shape: str) -> int:
+  kind, dims = shape.rstrip("]").split("[")
+  return math.prod(int(d) for d in dims.split(",") if d) * _WIDTHS.get(kind, 4)
+
+
+def _purpose(line: str, lines: list[str], shapes: tuple[str, ...]) -> str:
+  if "op_name" not in line:
+    # What the compiler wrote itself does not say where it is from; what it takes, or what takes it, may.
+    own, *operands = re.findall(r"%[\w.\-]+", line.partition("), ")[0])
+    related = re.compile(
+      "|".join([rf"^\s*(?:ROOT )?{re.escape(x)} =" for x in operands] + [rf"= .*{re.escape(own)}\b"])
+    )
+    line = next((other for other in lines if "op_name" in other and related.search(other)), line)
+  path = re.search(r'op_name="([^"]*)"', line)
+  names = path[1].split("/") if path else []
+  if "shard_map" in names and (len(shapes) == 1 or set(shapes) <= {"f32[]", "f64[]"}):
+    return "loss"
+  # Compilers merge exchanges, as the gradients' with the loss's scalars, and name the whole after one of them.
+  if any(re.fullmatch(r"(\w+_)?bn\d*", name) for name in names):
+    return "batch norm"
+  return "parameters"
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns the bytes that one device holds of a tree of placed arrays or shapes."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+  )

@@ -1,0 +1,312 @@
+"""plan: compile before you pay. What one pretraining step needs on hardware that you do not have yet.
+
+Compiles the real training step of --config for --topology=NAME:SHAPE without that hardware (v2, v3, v4, v5e, v5p, v6e
+or tpu7x and the shape in chips, such as v3:8x8 or v5p:2x2x1; one chip is v5e:1x1), or for this machine's devices where
+it is left out. Prints memory by kind against what the chip has, model FLOPs, what the devices exchange, step time and
+hours of the run, and says what to change where it does not fit. --devices=N takes the first N of the devices,
+--batch_sizes=4096,8192 plans for each, --mfu=0.35 is the share of the chip's peak that hours are estimated with. Needs
+--config; writes `plan.json` to --workdir (default: runs/plan). A topology needs the TPU compiler, the extra [tpu].
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import topologies
+
+from simclr_jax import chips, cost, errors, sharding, telemetry
+from simclr_jax import state as state_lib
+from simclr_jax.jobs import pretrain, setup
+
+TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
+
+# Training images and classes of data sets that need not be at hand to plan with.
+KNOWN_SPLITS = {
+  ("imagenet2012", "train"): (1_281_167, 1000),
+  ("imagenet2012_subset/1pct", "train"): (12_811, 1000),
+  ("imagenet2012_subset/10pct", "train"): (128_116, 1000),
+  ("cifar10", "train"): (50_000, 10),
+  ("cifar100", "train"): (50_000, 100),
+}
+
+
+@dataclasses.dataclass
+class Plan:
+  """What one training step needs, memory in bytes of one device.
+
+  Attributes:
+    memory: by kind; None where the compiler gave up because it does not fit.
+    needed: their sum, or what the compiler says it would take.
+    available: memory of one device; None where the chip is unknown.
+    forward_flops: matrix FLOPs of both views of an image through network and heads; the backward pass takes twice that.
+    step_flops: model FLOPs of one step on all devices: no rematerialisation, no second forward pass of micro-batches.
+    step_seconds_at_peak: those over the devices' peak; None where it is unknown.
+    exchanged: (kind, purpose) -> calls and bytes of one device in one step.
+  """
+
+  batch_size: int
+  micro_batches: int
+  devices: int
+  device_kind: str
+  memory: dict[str, int] | None
+  needed: int
+  available: float | None
+  forward_flops: int
+  step_flops: int
+  step_seconds_at_peak: float | None
+  exchanged: list[dict]
+  steps: int
+  compile_seconds: float
+
+  @property
+  def fits(self) -> bool:
+    return self.memory is not None and (self.available is None or self.needed <= self.available)
+
+
+def run(config, workdir: str, *, topology: str = "", devices: str = "", batch_sizes: str = "", mfu: str = "0.35"):
+  """Returns (and prints, and writes to `plan.json`) the plans of one or more batch sizes."""
+  share = _number("mfu", mfu, float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1")
+  sizes = [
+    _number("batch_sizes", n, int, lambda x: x > 0, "whole numbers with commas") for n in batch_sizes.split(",") if n
+  ]
+  described, chip_count = _devices(topology)
+  if devices:
+    count = _number("devices", devices, int, lambda x: 0 < x <= len(described), f"a number from 1 to {len(described)}")
+    described = described[:count]
+  per_chip = None
+  chip = chips.chip_of(described[0])
+  if chip:
+    per_chip = len(_devices(topology)[0]) / chip_count if topology else chip.devices
+  plans = []
+  for size in sizes or [config.batch_size]:
+    part = config.copy_and_resolve_references()
+    part.batch_size = size
+    part.eval_batch_size = len(described)  # Not planned for.
+    plan = make(part, described, chip, per_chip)
+    plans.append(plan)
+    print(table(plan, chip, topology, share), flush=True)
+  path = epath.Path(workdir) / "plan.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  command = "python -m simclr_jax " + " ".join(sys.argv[1:])
+  facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": share, "config": config.to_dict()}
+  described = [{**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, share)} for plan in plans]
+  path.write_text(json.dumps({**facts, "plans": described}, indent=2) + "\n")
+  telemetry.log.info("Written to %s", path)
+  return plans
+
+
+def make(config, devices, chip: chips.Chip | None, devices_per_chip: float | None) -> Plan:
+  """Returns the plan of the config's training step on these devices, which may be described ones."""
+  mesh = pretrain.mesh_of(config, devices)
+  examples, classes = _split_of(config)
+  model, tx, schedule, steps = pretrain.parts_of(config, examples=examples, classes=classes)
+  state = state_lib.abstract(model, config.data.image_size, tx, mesh, split=setup.is_split(config))
+  batch = batch_of(config, mesh)
+  begin = time.monotonic()
+  # Traced before it is compiled, since a wrong value in the config is found there.
+  traced = pretrain.step_of(config, model, tx, schedule, mesh, state).trace(state, batch)
+  lowered = traced.lower(lowering_platforms=(devices[0].platform,))
+  memory, exchanged, needed = None, [], 0
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    wanted = _memory_in(str(error))
+    if not wanted:
+      raise
+    needed = wanted + cost.bytes_per_device((state, batch))
+  else:
+    memory = _memory_of(compiled.memory_analysis(), state, batch)
+    needed = sum(memory.values())
+    exchanged = _exchanged(cost.collectives(compiled.as_text(), mesh.size))
+  image = jax.ShapeDtypeStruct((2, *batch["views"].shape[2:]), batch["views"].dtype)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  forward = cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, image)
+  # Every pair of views is scored once forward; the gradient takes two more products of that size.
+  loss = 2 * (2 * config.batch_size) ** 2 * config.head.out_dim
+  flops = 3 * (forward * config.batch_size + loss)
+  return Plan(
+    batch_size=config.batch_size,
+    micro_batches=config.micro_batches,
+    devices=mesh.size,
+    device_kind=devices[0].device_kind,
+    memory=memory,
+    needed=needed,
+    available=chip.memory / devices_per_chip if chip else None,
+    forward_flops=forward,
+    step_flops=flops,
+    step_seconds_at_peak=flops / (mesh.size * chip.flops / devices_per_chip) if chip else None,
+    exchanged=exchanged,
+    steps=steps,
+    compile_seconds=round(time.monotonic() - begin, 1),
+  )
+
+
+def batch_of(config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a global batch, as the input pipeline delivers it."""
+  n, size, at = config.batch_size, config.data.image_size, sharding.batched(mesh)
+  return {
+    "views": jax.ShapeDtypeStruct((n, 2, size, size, 3), jnp.float32, sharding=at),
+    "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=at),
+    "index": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=at),
+  }
+
+
+def estimates(plan: Plan, mfu: float) -> dict[str, float | None]:
+  """Returns seconds of a step, images (not views) a second and hours of the run, at a share of the chip's peak."""
+  if plan.step_seconds_at_peak is None:
+    return {"step_seconds": None, "images_per_second": None, "hours": None}
+  seconds = plan.step_seconds_at_peak / mfu
+  return {"step_seconds": seconds, "images_per_second": plan.batch_size / seconds, "hours": plan.steps * seconds / 3600}
+
+
+def table(plan: Plan, chip: chips.Chip | None, topology: str, mfu: float) -> str:
+  """Returns the plan as lines of text."""
+  where = f"{plan.devices} device{'s' * (plan.devices > 1)} ({chip.name if chip else plan.device_kind})"
+  where = f"{topology}, {where}" if topology else where
+  parts = f" in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
+  lines = [f"\nBatch {plan.batch_size:,}{parts} on {where}; compiled in {plan.compile_seconds:.0f} s"]
+  lines.append("\n  memory of one device")
+  rows = list((plan.memory or {}).items())
+  rows.append(("needed", plan.needed))
+  if plan.available is not None:
+    rows += [("the chip has", plan.available), ("left", plan.available - plan.needed)]
+  lines += [f"    {kind:<34}{size / chips.GIB:10.3f} GiB" for kind, size in rows]
+  if not plan.fits:
+    lines.append("  DOES NOT FIT. " + advice(plan))
+  if plan.exchanged:
+    lines.append("\n  exchanged in one step, by each device")
+    lines += [
+      f"    {row['kind'] + ', ' + row['purpose']:<34}{row['calls']:10,} x {_bytes(row['bytes'])} together"
+      for row in plan.exchanged
+    ]
+  lines.append("\n  time")
+  lines.append(f"    {'model FLOPs of a step':<34}{plan.step_flops / 1e12:10.1f} TFLOP, all devices")
+  if plan.step_seconds_at_peak is not None:
+    guess = estimates(plan, mfu)
+    lines += [
+      f"    {'step at the peak':<34}{1e3 * plan.step_seconds_at_peak:10.1f} ms",
+      f"    {f'step at {mfu:.0%} of it (assumed)':<34}{1e3 * guess['step_seconds']:10.1f} ms, "
+      f"{guess['images_per_second']:,.0f} images/s to be fed",
+      f"    {f'run of {plan.steps:,} steps':<34}{guess['hours']:10.1f} h",
+    ]
+  return "\n".join(lines)
+
+
+def advice(plan: Plan) -> str:
+  """Returns what to change where a step does not fit."""
+  per_device = plan.batch_size // plan.devices // plan.micro_batches
+  over = plan.needed / plan.available if plan.available else 2
+  advised = []
+  if per_device > 1:
+    more = plan.micro_batches * min(2 ** math.ceil(math.log2(max(over, 1.01))), per_device)
+    advised.append(f"--config.micro_batches={more}")
+  advised += ["--config.model.remat=convs or blocks", "--config.sharding.parameters=sharded", "or take more chips"]
+  return "Try " + ", ".join(advised) + "."
+
+
+def _devices(topology: str):
+  """Returns the devices of a topology such as `v5e:4x4`, or this machine's, and how many chips they are."""
+  if not topology:
+    return jax.devices(), None
+  match = re.fullmatch(r"(\w+):(\d+)x(\d+)(?:x(\d+))?", topology)
+  if match is None or match[1] not in TPUS:
+    raise errors.UserError(
+      f"--topology={topology} is not NAME:SHAPE in chips{errors.nearest(topology.partition(':')[0], TPUS)}; "
+      f"use one of {', '.join(TPUS)}, for example v3:8x8 or v5p:2x2x1."
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise errors.UserError(
+      f'--topology={topology} needs the TPU compiler, which is not here: pip install -e ".[tpu]" in this environment.'
+    )
+  # This need not be a TPU host: the compiler would ask a metadata server what it is, and complain. What it is told here
+  # has no effect on the topology.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # Only one process may use a TPU, but any number may compile for one.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  shape = [int(n) for n in match.groups()[1:] if n]
+  chip_count = math.prod(shape)
+  # By default a host has 2x2x1 chips, which one or two do not fill.
+  bounds = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if chip_count < 4 else {}
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices, chip_count
+  except jax.errors.JaxRuntimeError as error:
+    raise errors.UserError(
+      f"--topology={topology} is not one that the TPU compiler knows: {_first_line(error)}"
+    ) from error
+
+
+def _split_of(config) -> tuple[int, int]:
+  """Returns images and classes of the training split: the data's own where it is at hand."""
+  known = KNOWN_SPLITS.get((config.data.name, config.data.train_split)) if config.data.source == "tfds" else None
+  try:
+    source = setup.source_of(config, config.data.train_split)
+  except errors.UserError:
+    if known is None:
+      raise
+    return known
+  return source.num_examples, source.num_classes
+
+
+def _memory_of(analysis, state, batch) -> dict[str, int]:
+  parts = {
+    "parameters": cost.bytes_per_device(state.params),
+    "batch statistics": cost.bytes_per_device(state.batch_stats),
+    "optimizer": cost.bytes_per_device(state.opt_state),
+    "batch": cost.bytes_per_device(batch),
+  }
+  layout = analysis.argument_size_in_bytes - sum(parts.values())
+  # The new state takes the place of the old one; what is left of the outputs are the metrics.
+  outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  return {
+    **parts,
+    "padding of these by the chip": max(layout, 0),
+    "activations and temporaries": analysis.temp_size_in_bytes + max(outputs, 0),
+    "program": analysis.generated_code_size_in_bytes,
+  }
+
+
+def _memory_in(message: str) -> int:
+  """Returns the bytes of temporaries that the TPU compiler complains about; 0 if it complains about something else."""
+  match = re.search(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
+  return int(float(match[1]) * 1024 ** (" KMGT".index(match[2]))) if match else 0
+
+
+def _exchanged(found: list[cost.Collective]) -> list[dict]:
+  totals = {}
+  for item in found:
+    calls, size = totals.get((item.kind, item.purpose), (0, 0))
+    totals[item.kind, item.purpose] = (calls + item.calls, size + item.bytes)
+  rows = [{"kind": k, "purpose": p, "calls": c, "bytes": b} for (k, p), (c, b) in totals.items()]
+  return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _bytes(size: float) -> str:
+  for unit in ("B", "KiB", "MiB"):
+    if size < 1024:
+      return f"{size:8.1f} {unit}"
+    size /= 1024
+  return f"{size:8.1f} GiB"
+
+
+def _number(name, text, kind, valid, wanted):
+  try:
+    value = kind(text)
+  except ValueError:
+    value = None
+  if value is None or not valid(value):
+    raise errors.UserError(f"--{name} got {text!r}; it wants {wanted}.")
+  return value
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0]
