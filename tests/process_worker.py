@@ -4,6 +4,7 @@ import sys
 
 import jax
 import numpy as np
+import small_step
 from jax.experimental import multihost_utils
 
 from simclr_jax import losses, sharding
@@ -25,8 +26,23 @@ def loss_case(kind, mesh, dtype):
   return {"loss": loss, "gradient": grad, **metrics}
 
 
+def micro_batched_step(name, mesh, dtype):
+  """Returns the metrics of a step in two micro-batches and the state after it, in float64 alone.
+
+  In float32 the gradients of a network with batch norm differ by rounding alone.
+  """
+  if dtype == "float32":
+    return {}
+  model = small_step.network(np.float64)
+  state, tx, rate = small_step.start(model, mesh)
+  step = small_step.jitted(model, mesh, state, tx, rate, micro_batches=2)
+  state, metrics = step(state, sharding.global_batch(mesh, jax.tree.map(own_rows, small_step.rows(np.float64))))
+  kept = {"metrics": metrics, "params": state.params, "batch_stats": state.batch_stats}
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
+
+
 # Name -> function(name, mesh, dtype) that returns global arrays by name.
-CASES = dict.fromkeys(losses.KINDS, loss_case)
+CASES = {**dict.fromkeys(losses.KINDS, loss_case), "micro-batches": micro_batched_step}
 
 
 def own_rows(rows):

@@ -1,88 +1,18 @@
 """Micro-batches, split parameters and rematerialisation: one step, computed in other ways, is the same step."""
 
 import re
-from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_step
 
 from simclr_jax import cost, losses, optim, sharding
 from simclr_jax import state as state_lib
-from simclr_jax.jobs import pretrain, setup
-from simclr_jax.models import heads, layers, resnet, simclr
-
-WEIGHT_DECAY, LOSS_SCALE, TEMPERATURE = 1e-4, 2.0, 0.2
-IMAGES = 48
-
-
-class Encoder(nn.Module):
-  """Convolutions and batch norms, few enough to compile quickly; one kernel is large enough to be split."""
-
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, images, *, train):
-    make = layers.Layers(self.dtype, self.dtype)
-    x = nn.relu(make.batch_norm(train=train, name="bn1")(make.conv(32, 3, 2, name="conv1")(images)))
-    x = nn.relu(make.batch_norm(train=train, name="bn2")(make.conv(64, 3, 2, name="conv2")(x)))
-    return x.mean(axis=(1, 2))
-
-
-def network(dtype):
-  types = {"dtype": dtype, "param_dtype": dtype}
-  return simclr.SimCLR(Encoder(dtype), heads.ProjectionHead(2, 32, **types), heads.LinearHead(10, **types))
-
-
-def rows(dtype):
-  rng = np.random.default_rng(0)
-  views = rng.random((IMAGES, 2, 16, 16, 3)).astype(dtype)
-  return {"views": views, "label": rng.integers(0, 10, IMAGES, np.int32)}
-
-
-def start(model, mesh, *, split=False, optimizer="lars"):
-  """Returns the state before the first step, its optimizer and schedule."""
-  rate = optim.schedule(base_learning_rate=0.3, batch_size=256, scaling="linear", warmup_steps=0, total_steps=9)
-  tx = optim.lars(rate, weight_decay=WEIGHT_DECAY) if optimizer == "lars" else optim.momentum(rate)
-  abstract = state_lib.abstract(model, 16, tx, mesh, split=split)
-  # Drawn by NumPy: to compile the network's own initialisation takes longer than the rest of the test.
-  rng = np.random.default_rng(0)
-  draw = lambda x: jax.device_put((0.1 * rng.normal(size=x.shape)).astype(x.dtype), x.sharding)
-  params = jax.tree.map(draw, abstract.params)
-  batch_stats = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding), abstract.batch_stats)
-  return state_lib.create(params, batch_stats, tx), tx, rate
-
-
-def jitted(model, mesh, state, tx, rate, *, micro_batches=1, split=False, loss_kind="nt_xent", optimizer="lars"):
-  return setup.jitted(
-    pretrain.train_step,
-    mesh,
-    state,
-    model=model,
-    tx=tx,
-    schedule=rate,
-    mesh=mesh,
-    temperature=TEMPERATURE,
-    normalize=True,
-    loss_scale=LOSS_SCALE,
-    weight_decay=WEIGHT_DECAY,
-    optimizer=optimizer,
-    loss_kind=loss_kind,
-    micro_batches=micro_batches,
-    whole=sharding.gathered(mesh) if split else lambda params: params,
-  )
-
-
-def step(devices, dtype, *, split=False, optimizer="lars", **options):
-  """Returns the metrics of one step on so many devices, and the state after it."""
-  model, mesh = network(dtype), sharding.data_mesh(jax.devices()[:devices])
-  state, tx, rate = start(model, mesh, split=split, optimizer=optimizer)
-  step_fn = jitted(model, mesh, state, tx, rate, split=split, optimizer=optimizer, **options)
-  state, metrics = step_fn(state, sharding.global_batch(mesh, rows(dtype)))
-  return jax.device_get((metrics, flax.serialization.to_state_dict(state)))
+from simclr_jax.jobs import setup
+from simclr_jax.models import resnet
 
 
 def assert_equal_leaves(ours, theirs, tolerance):
@@ -93,23 +23,27 @@ def assert_equal_leaves(ours, theirs, tolerance):
 
 def unchunked_step_with_grouped_statistics(groups, loss_kind, dtype):
   """Returns what a micro-batched step should: one plain gradient through all groups side by side, by momentum."""
-  model, mesh = network(dtype), sharding.data_mesh(jax.devices()[:1])
-  state, tx, rate = start(model, mesh, optimizer="momentum")
-  batch = rows(dtype)
+  model, mesh = small_step.network(dtype), sharding.data_mesh(jax.devices()[:1])
+  state, tx, rate = small_step.start(model, mesh, optimizer="momentum")
+  batch = small_step.rows(dtype)
 
   def loss_fn(params):
-    images = batch["views"].reshape(IMAGES // groups, groups, 2, 16, 16, 3).swapaxes(0, 1)
+    images = batch["views"].reshape(small_step.IMAGES // groups, groups, 2, 16, 16, 3).swapaxes(0, 1)
 
     def group(images):
       variables = {"params": params, "batch_stats": state.batch_stats}
       return model.apply(variables, images.reshape(-1, 16, 16, 3), train=True, mutable=["batch_stats"])
 
     (_, z, logits), updates = jax.vmap(group)(images)
-    ungroup = lambda x: x.reshape(groups, IMAGES // groups, 2, -1).swapaxes(0, 1).reshape(IMAGES, 2, -1)
-    contrast, metrics = losses.contrast(loss_kind, ungroup(z), batch["label"], temperature=TEMPERATURE)
-    supervised, accuracy = setup.cross_entropy(ungroup(logits).reshape(2 * IMAGES, -1), batch["label"].repeat(2))
-    decay = optim.weight_decay_loss(params, WEIGHT_DECAY, optimizer="momentum")
-    total = LOSS_SCALE * contrast + supervised + decay
+    ungroup = lambda x: (
+      x.reshape(groups, small_step.IMAGES // groups, 2, -1).swapaxes(0, 1).reshape(small_step.IMAGES, 2, -1)
+    )
+    contrast, metrics = losses.contrast(loss_kind, ungroup(z), batch["label"], temperature=small_step.TEMPERATURE)
+    supervised, accuracy = setup.cross_entropy(
+      ungroup(logits).reshape(2 * small_step.IMAGES, -1), batch["label"].repeat(2)
+    )
+    decay = optim.weight_decay_loss(params, small_step.WEIGHT_DECAY, optimizer="momentum")
+    total = small_step.LOSS_SCALE * contrast + supervised + decay
     metrics |= {"loss": contrast, "supervised_loss": supervised, "supervised_acc": accuracy}
     return total, (metrics | {"weight_decay": decay, "total_loss": total}, updates["batch_stats"])
 
@@ -128,13 +62,13 @@ def unchunked_step_with_grouped_statistics(groups, loss_kind, dtype):
 def test_micro_batches_take_the_step_of_the_unchunked_model_with_grouped_statistics(loss_kind, x64):
   wanted = unchunked_step_with_grouped_statistics(3, loss_kind, np.float64)
   for devices in (1, 8):
-    got = step(devices, np.float64, micro_batches=3, loss_kind=loss_kind, optimizer="momentum")
+    got = small_step.step(devices, np.float64, micro_batches=3, loss_kind=loss_kind, optimizer="momentum")
     assert got[0].keys() == wanted[0].keys()
     assert_equal_leaves(got, wanted, 1e-9)
 
 
 def test_micro_batches_in_float32_see_the_same_loss_and_statistics():
-  wanted, got = (step(devices, np.float32, micro_batches=2) for devices in (1, 8))
+  wanted, got = (small_step.step(devices, np.float32, micro_batches=2) for devices in (1, 8))
   for key in ("loss", "contrast_acc", "contrast_entropy", "contrast_top1", "supervised_loss"):
     np.testing.assert_allclose(got[0][key], wanted[0][key], rtol=1e-5)
   assert_equal_leaves(got[1]["batch_stats"], wanted[1]["batch_stats"], 1e-5)
@@ -142,13 +76,13 @@ def test_micro_batches_in_float32_see_the_same_loss_and_statistics():
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_split_parameters_take_the_step_of_replicated_ones(micro_batches, x64):
-  wanted = step(1, np.float64, micro_batches=micro_batches)
-  assert_equal_leaves(step(8, np.float64, micro_batches=micro_batches, split=True), wanted, 1e-9)
+  wanted = small_step.step(1, np.float64, micro_batches=micro_batches)
+  assert_equal_leaves(small_step.step(8, np.float64, micro_batches=micro_batches, split=True), wanted, 1e-9)
 
 
 def test_large_parameters_and_their_momentum_are_split_and_stay_split():
   mesh = sharding.data_mesh()
-  state, *_ = start(network(np.float32), mesh, split=True)
+  state, *_ = small_step.start(small_step.network(np.float32), mesh, split=True)
   kernel = lambda tree: tree["encoder"]["conv2"]["kernel"]
   momentum = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel(state.params).shape]
   for array in (kernel(state.params), *momentum):
@@ -183,15 +117,17 @@ def test_rematerialisation_changes_no_gradient(x64):
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_nothing_crosses_devices_but_embeddings_statistics_and_gradients(micro_batches):
-  model, mesh, images = network(jnp.float32), sharding.data_mesh(), 264
-  _, tx, rate = start(model, mesh)
+  model, mesh, images = small_step.network(jnp.float32), sharding.data_mesh(), 264
+  _, tx, rate = small_step.start(model, mesh)
   state = state_lib.abstract(model, 16, tx, mesh, split=False)
   at = sharding.batched(mesh)
   batch = {
     "views": jax.ShapeDtypeStruct((images, 2, 16, 16, 3), jnp.float32, sharding=at),
     "label": jax.ShapeDtypeStruct((images,), jnp.int32, sharding=at),
   }
-  hlo = jitted(model, mesh, state, tx, rate, micro_batches=micro_batches).lower(state, batch).compile().as_text()
+  hlo = (
+    small_step.jitted(model, mesh, state, tx, rate, micro_batches=micro_batches).lower(state, batch).compile().as_text()
+  )
 
   # A device's rows of the logits of one view would be [66, 264].
   shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", hlo)}

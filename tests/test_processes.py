@@ -42,6 +42,6 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path):
     assert set(two.files) == one.keys()
     for name, value in one.items():
       dtype = name.split("/")[1]
-      assert two[name].dtype == dtype, name
+      assert two[name].dtype == value.dtype, name
       largest = np.abs(value).max()
       np.testing.assert_allclose(two[name], value, rtol=0, atol=TOLERANCE[dtype] * largest, err_msg=name)
