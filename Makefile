@@ -1,5 +1,5 @@
 # Every target does its own set-up, once; the commands below also work by hand after `sh scripts/setup.sh dev`.
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo:
 	@sh scripts/setup.sh
@@ -17,3 +17,8 @@ lint:
 	@PATH=.venv/bin:$$PATH; if command -v shellcheck >/dev/null; then \
 	  echo shellcheck; shellcheck --external-sources launch/*.sh launch/slurm.sbatch scripts/*.sh; \
 	else echo "lint: no shellcheck on this kind of machine; the shell scripts were not checked."; fi
+
+# The losses' time and memory; `pip install -e ".[bench]"` adds lightly's to the table.
+bench:
+	@sh scripts/setup.sh
+	.venv/bin/python -m simclr_jax bench --workdir=runs/bench

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import signal
 
 import jax
 import pytest
@@ -91,6 +93,18 @@ def test_a_sweep_on_this_machine_has_a_plan_of_each_batch_size_and_touches_no_de
   assert text.count("memory of one device") == 2
 
 
+@WITH_COMPILER
+def test_a_crash_of_the_compiler_gets_one_line(capsys, monkeypatch):
+  monkeypatch.setattr(plan, "make", crash)
+  message = fails(capsys, "--topology=v5e:1x1", "--config.batch_size=64")
+  assert "compiler crashed on batch 64 for v5e:1x1" in message
+
+
+def crash(*_):
+  """Ends the process as a fault in native code does."""
+  os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def test_the_compilers_complaint_is_read():
   early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (44.82G) exceeds"
   assert plan._memory_in(early) == pytest.approx(44.82 * 2**30, rel=1e-3)
@@ -130,3 +144,10 @@ def test_exchanges_of_one_kind_and_purpose_are_added_up():
     cost.Collective("all-reduce", "loss", 1, 4, ("f32[]",)),
   ]
   assert plan._exchanged(found) == [{"kind": "all-reduce", "purpose": "loss", "calls": 3, "bytes": 12}]
+
+
+def test_the_table_of_the_docs_is_that_of_the_committed_plans():
+  spec = importlib.util.spec_from_file_location("plans_table", ROOT / "scripts" / "plans_table.py")
+  plans_table = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(plans_table)
+  assert plans_table.main() in (ROOT / "docs" / "scale.md").read_text()

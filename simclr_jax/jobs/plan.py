@@ -12,10 +12,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
 import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -77,34 +79,45 @@ def run(config, workdir: str, *, topology: str = "", devices: str = "", batch_si
   sizes = [
     _number("batch_sizes", n, int, lambda x: x > 0, "whole numbers with commas") for n in batch_sizes.split(",") if n
   ]
-  described, chip_count = _devices(topology)
+  count = len(_devices(topology)[0])
   if devices:
-    count = _number("devices", devices, int, lambda x: 0 < x <= len(described), f"a number from 1 to {len(described)}")
-    described = described[:count]
-  per_chip = None
-  chip = chips.chip_of(described[0])
-  if chip:
-    per_chip = len(_devices(topology)[0]) / chip_count if topology else chip.devices
-  plans = []
-  for size in sizes or [config.batch_size]:
-    part = config.copy_and_resolve_references()
-    part.batch_size = size
-    part.eval_batch_size = len(described)  # Not planned for.
-    plan = make(part, described, chip, per_chip)
-    plans.append(plan)
-    print(table(plan, chip, topology, share), flush=True)
+    count = _number("devices", devices, int, lambda x: 0 < x <= count, f"a number from 1 to {count}")
   path = epath.Path(workdir) / "plan.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   command = "python -m simclr_jax " + " ".join(sys.argv[1:])
   facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": share, "config": config.to_dict()}
-  described = [{**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, share)} for plan in plans]
-  path.write_text(json.dumps({**facts, "plans": described}, indent=2) + "\n")
+  plans = []
+  for size in sizes or [config.batch_size]:
+    part = config.copy_and_resolve_references()
+    part.batch_size = size
+    part.eval_batch_size = count  # Not planned for.
+    plan = _apart(part, topology, count) if topology else make(part, topology, count)
+    plans.append(plan)
+    print(table(plan, topology, share), flush=True)
+    rows = [{**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, share)} for plan in plans]
+    path.write_text(json.dumps({**facts, "plans": rows}, indent=2) + "\n")
   telemetry.log.info("Written to %s", path)
   return plans
 
 
-def make(config, devices, chip: chips.Chip | None, devices_per_chip: float | None) -> Plan:
-  """Returns the plan of the config's training step on these devices, which may be described ones."""
+def _apart(config, topology: str, count: int) -> Plan:
+  """Returns `make` of these, from a process of its own: the TPU compiler ends the process when it crashes."""
+  with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    try:
+      return pool.submit(make, config, topology, count).result()
+    except futures.process.BrokenProcessPool:
+      raise errors.UserError(
+        f"the TPU compiler crashed on batch {config.batch_size} for {topology}, as said above: a fault in "
+        "it. Try another batch size, number of micro-batches or topology."
+      ) from None
+
+
+def make(config, topology: str = "", count: int | None = None) -> Plan:
+  """Returns the plan of the config's training step on the first `count` devices of a topology, or of this machine."""
+  devices, chip_count = _devices(topology)
+  chip = chips.chip_of(devices[0])
+  devices_per_chip = (len(devices) / chip_count if topology else chip.devices) if chip else None
+  devices = devices[:count]
   mesh = pretrain.mesh_of(config, devices)
   examples, classes = _split_of(config)
   model, tx, schedule, steps = pretrain.parts_of(config, examples=examples, classes=classes)
@@ -167,8 +180,9 @@ def estimates(plan: Plan, mfu: float) -> dict[str, float | None]:
   return {"step_seconds": seconds, "images_per_second": plan.batch_size / seconds, "hours": plan.steps * seconds / 3600}
 
 
-def table(plan: Plan, chip: chips.Chip | None, topology: str, mfu: float) -> str:
+def table(plan: Plan, topology: str, mfu: float) -> str:
   """Returns the plan as lines of text."""
+  chip = chips.CHIPS.get(plan.device_kind)
   where = f"{plan.devices} device{'s' * (plan.devices > 1)} ({chip.name if chip else plan.device_kind})"
   where = f"{topology}, {where}" if topology else where
   parts = f" in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
@@ -231,8 +245,9 @@ def _devices(topology: str):
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  # Only one process may use a TPU, but any number may compile for one.
+  # Only one process may use a TPU, but any number may compile for one; this one needs no devices of this machine.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  jax.config.update("jax_platforms", "cpu")
   shape = [int(n) for n in match.groups()[1:] if n]
   chip_count = math.prod(shape)
   # By default a host has 2x2x1 chips, which one or two do not fill.
