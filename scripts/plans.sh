@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the plans of docs/scale.md again: results/plans/NAME/plan.json, and the table. Two cores take about two hours, half
-# of them for the two plans of ResNet-152 3x + SK. Needs the TPU compiler: `sh scripts/setup.sh dev` brings it.
+# Makes the plans of docs/scale.md again: results/plans/NAME/plan.json, and the table. Two cores take about an hour, half
+# of it for ResNet-152 3x + SK in micro-batches. Needs the TPU compiler: `sh scripts/setup.sh dev` brings it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +19,6 @@ plan v3-r152x3sk "${r152x3sk[@]}" --topology=v3:8x8
 plan v5e-r50 --config=configs/imagenet.py:v1 --topology=v5e:4x4
 plan v5e-r152x3sk "${r152x3sk[@]}" --topology=v5e:8x8 \
   --config.sharding.parameters=sharded --config.model.remat=blocks --config.micro_batches=4
-plan v6e-r50 --config=configs/imagenet.py:v1 --topology=v6e:4x4 --batch_sizes=4096,8192
 plan v5p-r50-8192 --config=configs/imagenet.py:v1 --topology=v5p:1x1x1 \
   --config.batch_size=8192 --config.micro_batches=16
 .venv/bin/python scripts/plans_table.py
