@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hidden import hide
 
 from simclr_jax import __main__ as command
 from simclr_jax.jobs import bench
@@ -58,7 +59,7 @@ def only(monkeypatch, *names):
 
 def without_lightly(monkeypatch):
   monkeypatch.setitem(sys.modules, "lightly", None)
-  monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+  hide(monkeypatch, "lightly")
 
 
 def test_every_contestant_computes_the_same_loss_and_gradient():

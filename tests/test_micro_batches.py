@@ -74,6 +74,11 @@ def test_micro_batches_in_float32_see_the_same_loss_and_statistics():
   assert_equal_leaves(got[1]["batch_stats"], wanted[1]["batch_stats"], 1e-5)
 
 
+def test_eight_devices_take_the_step_of_one_with_momentum_too(x64):
+  one, eight = (small_step.step(devices, np.float64, optimizer="momentum") for devices in (1, 8))
+  assert_equal_leaves(eight, one, 1e-9)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_split_parameters_take_the_step_of_replicated_ones(micro_batches, x64):
   wanted = small_step.step(1, np.float64, micro_batches=micro_batches)

@@ -9,6 +9,7 @@ import signal
 
 import jax
 import pytest
+from hidden import hide
 
 from simclr_jax import __main__ as command
 from simclr_jax import cost
@@ -134,7 +135,7 @@ def test_a_wrong_option_is_named_before_anything_is_compiled(capsys, option, say
 
 
 def test_without_the_compiler_the_message_says_what_to_install(capsys, monkeypatch):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  hide(monkeypatch, "libtpu")
   assert "[tpu]" in fails(capsys, "--topology=v3:2x2")
 
 

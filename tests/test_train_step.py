@@ -136,11 +136,8 @@ def assert_equal_leaves(ours, theirs, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lars", "momentum"])
-def test_eight_devices_take_the_step_of_one_in_float64(optimizer, x64):
-  assert_equal_leaves(
-    one_step(8, jnp.float64, optimizer=optimizer), one_step(1, jnp.float64, optimizer=optimizer), 1e-9
-  )
+def test_eight_devices_take_the_step_of_one_in_float64(x64):
+  assert_equal_leaves(one_step(8, jnp.float64, optimizer="lars"), one_step(1, jnp.float64, optimizer="lars"), 1e-9)
 
 
 @pytest.mark.slow
