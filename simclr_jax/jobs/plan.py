@@ -131,10 +131,13 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    wanted = _memory_in(str(error))
-    if not wanted:
+    needed = _memory_in(str(error))
+    if not needed:
       raise
-    needed = wanted + cost.bytes_per_device((state, batch))
+    if "HLO temporaries" in str(
+      error
+    ):  # Told before the compiler has placed state and batch; later its count has them.
+      needed += cost.bytes_per_device((state, batch))
   else:
     memory = _memory_of(compiled.memory_analysis(), state, batch)
     needed = sum(memory.values())
@@ -291,7 +294,7 @@ def _memory_of(analysis, state, batch) -> dict[str, int]:
 
 
 def _memory_in(message: str) -> int:
-  """Returns the bytes of temporaries that the TPU compiler complains about; 0 if it complains about something else."""
+  """Returns the bytes that the TPU compiler says are too many; 0 if it complains about something else."""
   match = re.search(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
   return int(float(match[1]) * 1024 ** (" KMGT".index(match[2]))) if match else 0
 

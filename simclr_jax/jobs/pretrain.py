@@ -264,7 +264,7 @@ def _finish(workdir, rows, result):
     folder = epath.Path(workdir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     panels = {
-      "NT-Xent loss (mean over 2N)": {"train/loss": "training"},
+      "Contrastive loss (mean over 2N)": {"train/loss": "training"},
       "Accuracy": {
         "train/contrast_acc": "contrastive (N-way)",
         "train/supervised_acc": "online head, training views",
