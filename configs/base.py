@@ -27,11 +27,18 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.shards = 16  # Parts with an order of their own; hosts divide them, they divide the batch.
   c.data.shuffle_window = 2048  # Records of a part shuffled together where the data does not fit in memory.
   c.data.cache = True  # Keep the encoded images in memory; each epoch is then one full permutation of a part.
+  c.data.resident = False  # Keep all images, of one size, decoded on every device: for what fits; nothing is fed then.
+  c.data.steps_per_dispatch = 20  # At most, of resident data.
   c.data.examples = 0  # Images in a split of the built-in shapes; 0: the source's own number.
   c.data.max_bad_share = 0.01  # Of the images in a folder that may be corrupt before the run stops.
 
   c.augment = ml_collections.ConfigDict()
-  c.augment.place = "host"  # tf.data.
+  # device: the host crops and flips, colours and blur are part of the step. host: all in tf.data, as the reference.
+  c.augment.place = "device"
+  c.augment.dtype = "float32"  # Of the device's part: bfloat16 | float32 | float64.
+  c.augment.resize = (
+    "bicubic"  # Of the host's crops where place is device: bicubic (the reference's) | bilinear, faster.
+  )
   c.augment.min_area = 0.08  # Of a random crop, as a share of the image.
   c.augment.max_area = 1.0
   c.augment.flip = True
@@ -83,6 +90,17 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=512,
     total_epochs=100.0,
   )
+  c.linear_eval.protocol = "reference"  # reference (v1 appendix B.6) | features (one pass, then many classifiers).
+  c.probes = ml_collections.ConfigDict()  # What linear_eval does with protocol = "features".
+  c.probes.passes = 1  # Over the training images: one as they are counted, the others cropped and flipped.
+  c.probes.learning_rates = "0.01,0.03,0.1,0.3,1.0,3.0"  # Each for 256 images, linearly scaled; one grid with
+  c.probes.weight_decays = "0.0,1e-6,1e-5,1e-4"  # all of these.
+  c.probes.epochs = 100
+  c.probes.batch_size = 512
+  c.probes.l2_strengths = "1e-6,1e-5,1e-4,1e-3,1e-2"  # Of logistic regression on standardised features.
+  c.probes.lbfgs_steps = 500  # At most, for each strength.
+  c.probes.lbfgs_tolerance = 1e-4  # Of the largest entry of the gradient; scikit-learn has the same.
+  c.probes.validation_share = 0.1  # Of the training images; these choose the setting.
   c.finetune = recipe(
     # v1 appendix B.5; from scratch (no checkpoint) it is the supervised baseline.
     optimizer=optimizer(name="momentum", base_learning_rate=0.05, warmup_epochs=0.0, weight_decay=0.0),

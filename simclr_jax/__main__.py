@@ -21,14 +21,16 @@ from simclr_jax import checkpoint, errors, telemetry
 
 # The jobs, and the options of each beside those that all have.
 JOBS = {
-  "pretrain": (),
-  "linear_eval": (),
-  "finetune": (),
+  "pretrain": ("profile_steps", "profile_input", "chip", "mfu"),
+  "linear_eval": ("profile_steps",),
+  "finetune": ("profile_steps",),
   "demo": (),
   "plan": ("topology", "devices", "batch_sizes", "mfu"),
   "bench": ("sizes",),
 }
 WITHOUT_CONFIG = ("bench",)
+# Options that are on when they are given without a value.
+SWITCHES = ("profile_input",)
 # What these compute is of no use to a later run, so that they need no folder of its own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
       if "float64" in (config.model.dtype, config.model.param_dtype):
         jax.config.update("jax_enable_x64", True)
       inputs = [config]
-    workdir = flags.get("workdir") or DEFAULT_WORKDIR.get(name)
+    workdir = flags.get("workdir") or DEFAULT_WORKDIR.get("plan" if "profile_input" in flags else name)
     if not workdir:
       raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
     if "topology" in flags:
@@ -116,10 +118,11 @@ def parse(args: list[str], options: tuple[str, ...] = ()) -> tuple[dict[str, str
       # A bare --config.flag turns a flag on.
       overrides[name.removeprefix("config.")] = value if has_value else "true"
     elif name in known:
-      flags[name] = value
+      flags[name] = value if has_value or name not in SWITCHES else "true"
     else:
       raise errors.UserError(f"unknown option --{name}{errors.nearest(name, known)}; see --help.")
-    if not has_value and not name.startswith("config.") or name == "config" and not value:
+    bare = name.startswith("config.") or name in SWITCHES
+    if not has_value and not bare or name == "config" and not value:
       raise errors.UserError(f"option --{name} needs a value: --{name}=VALUE.")
   return flags, config_file, overrides
 
@@ -133,13 +136,22 @@ def load_config(config_file: str, overrides: dict[str, str]) -> ml_collections.C
   if config_file:
     config = _read_config(config_file)
   elif overrides.get("checkpoint", "random") != "random":
-    config = ml_collections.ConfigDict(checkpoint.read_config(overrides["checkpoint"]))
+    config = _with_new_keys(checkpoint.read_config(overrides["checkpoint"]))
   else:
     known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
     raise errors.UserError(f"no --config; give an experiment, such as one of {known}.")
   config.lock()
   for key, text in overrides.items():
     _override(config, key, text)
+  return config
+
+
+def _with_new_keys(saved: dict) -> ml_collections.ConfigDict:
+  """Returns a checkpoint's config, completed with the defaults of keys that are younger than it."""
+  config = _read_config(str(ROOT / "configs" / "base.py"))
+  # Where it augmented was no choice then.
+  config.augment.place = "host"
+  config.update(saved)
   return config
 
 

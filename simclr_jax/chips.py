@@ -1,8 +1,11 @@
 """Facts about accelerators: memory, peak arithmetic and memory bandwidth, each with its source."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
+
+from simclr_jax import errors
 
 _TPU = "docs.cloud.google.com/tpu/docs"
 _NVIDIA = "nvidia.com, data sheet"
@@ -52,3 +55,24 @@ CHIPS = {
 def chip_of(device: jax.Device) -> Chip | None:
   """Returns the facts about the chip that `device` is on; None for a CPU or an unknown chip."""
   return CHIPS.get(device.device_kind)
+
+
+def peak_of(devices: Sequence[jax.Device]) -> float:
+  """Returns the peak FLOP/s of the devices together; 0 where it is unknown."""
+  chip = chip_of(devices[0]) if devices else None
+  return len(devices) * chip.flops / chip.devices if chip else 0.0
+
+
+def named(name: str) -> Chip:
+  """Returns the chip that people call so, as `v5e`, `TPU v3` or `H100`, in any case.
+
+  Raises:
+    UserError: there is none, or more than one.
+  """
+  plain = lambda text: text.lower().removeprefix("tpu").replace(" ", "")
+  found = [chip for chip in CHIPS.values() if plain(chip.name).startswith(plain(name))] if name else []
+  exact = [chip for chip in found if plain(chip.name) == plain(name)]
+  if len(exact or found) != 1:
+    known = [chip.name for chip in CHIPS.values()]
+    raise errors.UserError(f"unknown chip {name!r}{errors.nearest(name, known)}; use one of {', '.join(known)}.")
+  return (exact or found)[0]

@@ -1,4 +1,4 @@
-"""Evaluation of a split, each example exactly once: accuracies, and linear probes of fixed features."""
+"""Evaluation of a split, each example exactly once: accuracies, features, and linear probes of them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,10 +27,8 @@ def accuracy(
   def count(variables, batch):
     logits, label, mask = logits_of(variables, batch["image"]), batch["label"], batch["mask"] > 0
     own = jnp.take_along_axis(logits, label[:, None], axis=1)
-    # Among equal logits the lower class comes first, as argmax has it.
-    earlier = jnp.arange(logits.shape[1])[None] < label[:, None]
-    rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
     loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
+    rank = ranks(logits, label)
     return {
       "top1": jnp.sum((rank < 1) & mask),
       "top5": jnp.sum((rank < 5) & mask),
@@ -46,6 +44,54 @@ def accuracy(
       totals[name] += float(value)
   examples = totals.pop("examples")
   return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+
+
+def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns i32[N]: how many classes come before the right one, 0 where it is the first.
+
+  Among equal logits the lower class comes first, as argmax has it. With logits that are not numbers nothing comes
+  after anything, so that a classifier that diverged is never right.
+
+  Args:
+    logits: f32[N, K].
+    label: i32[N].
+  """
+  own = jnp.take_along_axis(logits, label[:, None], axis=1)
+  not_earlier = jnp.arange(logits.shape[1])[None] >= label[:, None]
+  # What does not come after the right class comes before it: comparisons with NaN are all false.
+  return jnp.sum(~((logits < own) | ((logits == own) & not_earlier)), axis=1)
+
+
+def features(
+  encode: Callable[[Any, jax.Array], jax.Array], variables, batches: Iterable[dict[str, np.ndarray]], mesh
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (features f32[N, D], label i32[N]) of a whole split in the order of `index`, the same on every process.
+
+  Args:
+    encode: (variables, [B, H, W, 3]) -> [B, D].
+    variables: handed to `encode`.
+    batches: this process's rows: `image`, `label`, `index`, `mask` (0 marks padding, which is dropped); equally many
+      on every process.
+    mesh: where the batches go.
+  """
+
+  def rows_of(variables, batch):
+    x = encode(variables, batch["image"]).astype(jnp.float32)
+    return {"x": x, **{name: batch[name] for name in ("label", "index", "mask")}}
+
+  # Whole on every device, so that each process reads all rows, not its own alone.
+  rows_of = jax.jit(rows_of, out_shardings=sharding.replicated(mesh))
+  parts = []
+  for rows in batches:
+    batch = {key: rows[key] for key in ("image", "label", "mask")} | {"index": rows["index"].astype(np.int32)}
+    part = rows_of(variables, sharding.global_batch(mesh, batch))
+    # The device works on this batch while the last one's rows are fetched.
+    parts[-1:] = jax.device_get(parts[-1:])
+    parts.append(part)
+  table = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
+  real = np.flatnonzero(table["mask"] > 0)
+  order = real[np.argsort(table["index"][real], kind="stable")]
+  return table["x"][order], table["label"][order]
 
 
 def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 1.0) -> float:

@@ -16,7 +16,10 @@ COLORS = (
 )
 
 
-def view_pairs(views, path: str, *, pairs: int = 12) -> None:
+PAIRS = 12  # What fits into one row.
+
+
+def view_pairs(views, path: str, *, pairs: int = PAIRS) -> None:
   """Draws image pairs as the network sees them, one column a pair.
 
   Args:

@@ -7,10 +7,16 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
 from tqdm import auto as tqdm
+
+from simclr_jax import chips
+
+# What a progress bar shows of every run.
+SPEED = {"speed/images_per_second": "images/s", "speed/data_wait_share": "data wait", "speed/mfu": "MFU"}
 
 log = logging.getLogger("simclr_jax")
 
@@ -33,7 +39,18 @@ class Telemetry:
   `workdir/tensorboard`. Only process 0 writes.
   """
 
-  def __init__(self, workdir: str, *, total_steps: int, start_step: int, images_per_step: int, title: str, show=()):
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    total_steps: int,
+    start_step: int,
+    images_per_step: int,
+    title: str,
+    show: Mapping[str, str] = (),
+    flops_per_step: float = 0,
+    devices: Sequence[jax.Device] = (),
+  ):
     """Opens the writers; metric rows after `start_step` are dropped, so none appears twice.
 
     Args:
@@ -42,15 +59,21 @@ class Telemetry:
       start_step: steps that are already done.
       images_per_step: images (not views) of one global batch.
       title: of the bar.
-      show: names of the metrics that the bar shows.
+      show: metric name -> label, of the metrics that the bar shows beside the speed.
+      flops_per_step: model FLOPs of one step on all devices; 0 if unknown.
+      devices: that share the work.
     """
     self._lead = jax.process_index() == 0
-    self._show = dict(show)
-    self._images_per_step = images_per_step
-    self._clock, self._clock_step, self._waited = time.monotonic(), start_step, 0.0
+    self._show = {**dict(show), **SPEED}
+    self._images_per_step, self._flops_per_step = images_per_step, flops_per_step
+    self._peak = chips.peak_of(devices)
+    self._clock, self._clock_step = time.monotonic(), start_step
+    self._seconds = dict.fromkeys(("data", "checkpoint", "aside"), 0.0)
     self._rows, self._tensorboard = None, None
     if not self._lead:
       return
+    if flops_per_step and not self._peak:
+      log.info("The peak of %s is not known: model FLOP/s are reported, MFU is not.", devices[0].device_kind)
     path = epath.Path(workdir) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
@@ -74,26 +97,34 @@ class Telemetry:
     self.close()
 
   @contextlib.contextmanager
-  def waiting_for_data(self):
-    """Times what the loop spends waiting for the input pipeline."""
+  def waiting_for(self, what: str):
+    """Times what the loop spends on `data` or a `checkpoint` that is not ready, or `aside` from training."""
     start = time.monotonic()
     yield
-    self._waited += time.monotonic() - start
+    self._seconds[what] += time.monotonic() - start
 
-  def tick(self) -> None:
-    """One more step was dispatched."""
+  def tick(self, steps: int = 1) -> None:
+    """So many more steps were dispatched."""
     if self._lead:
-      self._bar.update()
+      self._bar.update(steps)
 
   def speed(self, step: int) -> dict[str, float]:
-    """Returns images/s and the share of time spent waiting for data since the last call."""
+    """Returns how fast the steps since the last call were.
+
+    Images/s, the shares of time spent waiting for data and for checkpoints, model TFLOP/s of all devices, and MFU,
+    their share of the chips' peak, where that is known. Model FLOPs leave out what rematerialisation and micro-batches
+    compute again. Time aside (an evaluation) does not count.
+    """
     now = time.monotonic()
-    seconds, steps = now - self._clock, step - self._clock_step
-    speed = {
-      "speed/images_per_second": steps * self._images_per_step / seconds,
-      "speed/data_wait_share": self._waited / seconds,
-    }
-    self._clock, self._clock_step, self._waited = now, step, 0.0
+    seconds, steps = now - self._clock - self._seconds["aside"], step - self._clock_step
+    speed = {"speed/images_per_second": steps * self._images_per_step / seconds}
+    speed |= {f"speed/{what}_wait_share": self._seconds[what] / seconds for what in ("data", "checkpoint")}
+    flops = steps * self._flops_per_step / seconds
+    if flops:
+      speed["speed/model_tflop_per_second"] = flops / 1e12
+      if self._peak:
+        speed["speed/mfu"] = flops / self._peak
+    self._clock, self._clock_step, self._seconds = now, step, dict.fromkeys(self._seconds, 0.0)
     return speed
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -105,7 +136,7 @@ class Telemetry:
     self._rows.flush()
     if self._tensorboard:
       self._tensorboard.write_scalars(step, metrics)
-    shown = {label: f"{metrics[name]:.3g}" for name, label in self._show.items() if name in metrics}
+    shown = {label: _shown(name, metrics[name]) for name, label in self._show.items() if name in metrics}
     if shown:
       self._bar.set_postfix(shown)
 
@@ -121,6 +152,10 @@ class Telemetry:
 def read_rows(workdir: str) -> list[dict[str, float]]:
   """Returns the metric rows of a run, in order."""
   return [json.loads(line) for line in _complete_lines(epath.Path(workdir) / "metrics.jsonl")]
+
+
+def _shown(name: str, value: float) -> str:
+  return f"{value:.0%}" if name.endswith(("_share", "/mfu")) else f"{value:.3g}"
 
 
 def _complete_lines(path: epath.Path) -> list[str]:

@@ -50,3 +50,24 @@ def test_a_probe_separates_what_is_linearly_separable():
   labels = rng.integers(0, 3, 300)
   x = np.eye(3)[labels] + 0.1 * rng.standard_normal((300, 3))
   assert evaluation.probe_accuracy(x[:200], labels[:200], x[200:], labels[200:]) == 1.0
+
+
+def test_a_classifier_that_diverged_is_never_right():
+  labels = np.arange(8, dtype=np.int32)
+  broken = lambda _, images: jnp.full((len(images), 10), jnp.nan)
+  result = evaluation.accuracy(broken, None, batches(np.zeros(8, np.float32), labels, 8), sharding.data_mesh())
+  assert (result["top1"], result["top5"]) == (0, 0)
+
+
+def test_features_of_a_split_come_once_in_the_order_of_its_index():
+  values = np.arange(37, dtype=np.float32)
+  labels = np.arange(37, dtype=np.int32) % 5
+  shuffled = list(batches(values, labels, 16))[::-1]
+  for rows in shuffled:
+    order = np.random.default_rng(0).permutation(16)
+    rows.update({key: array[order] for key, array in rows.items()})
+  encode = lambda scale, images: (scale * images[:, 0, 0, :2]).astype(jnp.bfloat16)
+  features, label = evaluation.features(encode, jnp.float32(2), shuffled, sharding.data_mesh())
+  assert features.dtype == np.float32
+  np.testing.assert_array_equal(features, np.stack([2 * values, 2 * values], axis=1))
+  np.testing.assert_array_equal(label, labels)

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from simclr_jax import errors
-from simclr_jax.data import host_augment
+from simclr_jax.data import host_augment, law
 
 # No crop, no coin: what a test wants of the law it adds.
 NOTHING = {
@@ -190,8 +190,8 @@ def test_the_crop_law_is_that_of_the_reference(reference):
     boxes = draws(box, len(wanted)).astype(np.float64)
     laws = {name: lambda x, column=column: x[:, column] for name, column in columns.items()}
     laws |= {"area": lambda x: x[:, 2] * x[:, 3] / (height * width), "aspect": lambda x: x[:, 3] / x[:, 2]}  # noqa: B023
-    for name, law in laws.items():
-      assert distance(law(boxes), law(wanted)) < 0.02, (height, width, name)
+    for name, value in laws.items():
+      assert distance(value(boxes), value(wanted)) < 0.02, (height, width, name)
     assert laws["area"](boxes).min() >= 0.1
 
 
@@ -341,3 +341,53 @@ def test_knobs_without_meaning_are_refused_up_front():
     host_augment.pretrain_view(image, [1, 2], size=8, color_strength=1.3)
   with pytest.raises(errors.UserError, match='unknown brightness "aditive".*did you mean "additive"'):
     host_augment.pretrain_view(image, [1, 2], size=8, brightness="aditive")
+
+
+def photo(seed, height=75, width=100):
+  """Returns u8[height, width, 3] with the smoothness of a photograph, so that JPEG keeps it."""
+  rng = np.random.default_rng(seed)
+  coarse = rng.random((9, 9, 3), np.float32)
+  smooth = np.asarray(host_augment.crop_and_resize(coarse, [0, 0, 9, 9], max(height, width)))
+  return np.clip(255 * smooth[:height, :width], 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["image", "jpeg", "png"])
+def test_crops_for_the_device_are_the_views_of_the_host_before_their_colors_change(kind):
+  knobs = {"color_probability": 0.0, "grayscale_probability": 0.0, "blur": False}
+  for number in range(8):
+    image = photo(number)
+    encode = {"image": lambda x: x, "jpeg": tf.io.encode_jpeg, "png": tf.io.encode_png}[kind]
+    content, seed = encode(image), [number, 5]
+    crops = host_augment.two_crops(content, seed, size=32)
+    assert crops.dtype == tf.uint8
+    views = host_augment.two_views(content, seed, size=32, **knobs)
+    np.testing.assert_allclose(crops / 255, views, rtol=0, atol=0.5 / 255 + 1e-5)
+    single = host_augment.train_crop(content, seed, size=32)
+    np.testing.assert_allclose(
+      single / 255, host_augment.train_view(content, seed, size=32), rtol=0, atol=0.5 / 255 + 1e-5
+    )
+
+
+def test_only_what_the_crops_cover_is_decoded_and_its_pixels_are_those_of_the_whole_image(monkeypatch):
+  decoded = []
+
+  def watched(content, window, **options):
+    decoded.append(np.array(window))
+    return original(content, window, **options)
+
+  original = tf.image.decode_and_crop_jpeg
+  monkeypatch.setattr(tf.image, "decode_and_crop_jpeg", watched)
+  for number in range(40):
+    content = tf.io.encode_jpeg(photo(number, 150, 200), quality=90)
+    # Of odd places and sizes, since the colours of a JPEG are stored for blocks of pixels.
+    parts = host_augment.two_crops(content, [number, 1], size=40, area=(0.1, 0.3))
+    whole = host_augment.two_crops(tf.io.decode_jpeg(content, channels=3), [number, 1], size=40, area=(0.1, 0.3))
+    np.testing.assert_array_equal(parts, whole)
+  areas = np.array([window[2] * window[3] for window in decoded])
+  assert areas.mean() < 0.7 * 150 * 200
+
+
+def test_the_faster_resize_is_close_to_the_reference_s():
+  image = photo(3)
+  crops = [host_augment.two_crops(image, [1, 2], size=32, resize=name).numpy().astype(int) for name in law.RESIZES]
+  assert 0 < np.abs(crops[0] - crops[1]).mean() < 1.0  # of 255

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from simclr_jax import errors
-from simclr_jax.data import host_augment, pipeline, sources
+from simclr_jax.data import arrays, host_augment, pipeline, sources
 
 ORDER = {"batch_size": 8, "shards": 4, "seed": 5, "start_step": 0, "shuffle_window": 3}
 ALONE = {"process_index": 0, "process_count": 1}
@@ -17,7 +17,7 @@ ALONE = {"process_index": 0, "process_count": 1}
 def in_memory(count):
   numbers = np.arange(count)
   images = np.broadcast_to(numbers[:, None, None, None], [count, 2, 2, 3]).astype(np.uint8)
-  return sources.from_arrays({"train_images": images, "train_labels": numbers % 7}, "train")
+  return sources.in_memory(arrays.from_mapping({"train_images": images, "train_labels": numbers % 7}, "train"))
 
 
 def in_files(count, folder, per_file=5):
@@ -95,7 +95,8 @@ def test_rows_hold_the_image_and_the_label_of_their_index(make):
       "image": np.uint8,
       "seed": np.int32,
       "label": np.int32,
-      "index": np.int64,
+      "index": np.int32,
+      "epoch": np.int32,
     }
 
 
@@ -229,7 +230,10 @@ def test_an_evaluation_batch_splits_over_the_hosts():
 
 
 def test_views_of_real_images_do_not_depend_on_hosts_or_on_a_restart(tfds_dir):
-  views = lambda image, seed: {"views": host_augment.two_views(image, seed, size=48)}
+  views = lambda content, seed: {
+    "views": host_augment.two_views(content, seed, size=48),
+    "crops": host_augment.two_crops(content, seed, size=48),
+  }
   knobs = {"batch_size": 8, "shards": 4, "seed": 1, "shuffle_window": 8}
 
   def batches(source, steps, host=0, count=1, start_step=0):

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from simclr_jax import errors
-from simclr_jax.data import pipeline, shapes, sources
+from simclr_jax.data import arrays, pipeline, shapes, sources
 
 FOLDER = {"split": "train", "max_bad_share": 0.0}
 
@@ -32,7 +32,11 @@ def put(root, files):
 
 def examples(source):
   """Returns (images, labels) of a source, in the order of the split."""
-  show = lambda image, seed: {"size": tf.shape(image), "first": image[0, 0]}
+
+  def show(content, seed):
+    image = sources.decode_image(content)
+    return {"size": tf.shape(image), "first": image[0, 0]}
+
   batches = pipeline.evaluation_batches(source, show, batch_size=1, process_index=0, process_count=1)
   rows = list(batches)
   return (
@@ -159,27 +163,27 @@ def test_a_cached_folder_gives_the_same_images(tmp_path):
 
 def test_arrays_come_from_memory_and_from_npz_files(tmp_path):
   images = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
-  arrays = {"train_images": images, "train_labels": np.array([2, 0, 1, 2]), "test_images": images[:1]}
-  np.savez(tmp_path / "a.npz", **arrays)
+  held = {"train_images": images, "train_labels": np.array([2, 0, 1, 2]), "test_images": images[:1]}
+  np.savez(tmp_path / "a.npz", **held)
   from_file = sources.load("arrays", split="train", data_dir=str(tmp_path / "a.npz"))
-  for source in (sources.from_arrays(arrays, "train"), from_file):
+  for source in (sources.in_memory(arrays.from_mapping(held, "train")), from_file):
     assert (source.num_examples, source.num_classes, source.class_names) == (4, 3, ("0", "1", "2"))
     colors, labels, _ = examples(source)
     np.testing.assert_array_equal(colors, images[:, 0, 0])
     assert labels == [2, 0, 1, 2]
-  test = sources.from_arrays(arrays, "test")
+  test = arrays.from_mapping(held, "test")
   assert (test.num_examples, test.num_classes) == (1, 0)
 
 
 def test_arrays_may_hold_encoded_images(tmp_path):
   data = [encoded((i, 0, 0)) for i in range(5)]
-  arrays = {
+  held = {
     "test_bytes": np.frombuffer(b"".join(data), np.uint8),
     "test_offsets": np.cumsum([0] + [len(d) for d in data]),
     "test_labels": np.array([0, 1, 0, 1, 0], np.uint8),
     "class_names": np.array(["no", "yes"]),
   }
-  np.savez(tmp_path / "a.npz", **arrays)
+  np.savez(tmp_path / "a.npz", **held)
   source = sources.load("arrays", split="test", data_dir=str(tmp_path / "a.npz"))
   assert source.class_names == ("no", "yes")
   colors, labels, sizes = examples(source)
@@ -199,17 +203,17 @@ def test_arrays_may_hold_encoded_images(tmp_path):
   ],
 )
 def test_arrays_of_another_form_are_a_user_error(change, message):
-  arrays = {"train_images": np.zeros([4, 2, 2, 3], np.uint8), "train_labels": np.array([0, 1, 0, 1])}
+  held = {"train_images": np.zeros([4, 2, 2, 3], np.uint8), "train_labels": np.array([0, 1, 0, 1])}
   with pytest.raises(errors.UserError, match=message):
-    sources.from_arrays({**arrays, **change}, "train")
+    arrays.from_mapping({**held, **change}, "train")
 
 
 def test_offsets_that_do_not_cut_the_bytes_are_a_user_error():
   for offsets in ([0, 5, 3], [0, 11], [-1, 4], []):
     with pytest.raises(errors.UserError, match="do not cut its 10 bytes"):
-      sources.from_arrays({"a_bytes": np.zeros(10, np.uint8), "a_offsets": np.array(offsets)}, "a")
+      arrays.from_mapping({"a_bytes": np.zeros(10, np.uint8), "a_offsets": np.array(offsets)}, "a")
   with pytest.raises(errors.UserError, match="no a_offsets; add them"):
-    sources.from_arrays({"a_bytes": np.zeros(10, np.uint8)}, "a")
+    arrays.from_mapping({"a_bytes": np.zeros(10, np.uint8)}, "a")
 
 
 def test_a_file_that_holds_no_arrays_is_a_user_error(tmp_path):

@@ -1,20 +1,13 @@
 """The reference's augmentation in TensorFlow: exact operations, and seeded random views for tf.data."""
 
-import itertools
-
-import numpy as np
 import tensorflow as tf
 
-from simclr_jax import errors
+from simclr_jax.data import law, sources
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
-LUMA = (0.2989, 0.5870, 0.1140)
-ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)  # of the four colour operations
-BRIGHTNESS = ("multiplicative", "additive")  # SimCLR v2 and v1
-LARGEST_STRENGTH = 1.25  # above it 1 - 0.8 strength, the smallest contrast factor, is negative
-SMALL_IMAGE = 32  # up to this size the evaluation neither crops nor resizes
-EVALUATION_SHARE = 0.875  # of the shorter side
+# The ops behind tf.image.resize, whose Python wrapper costs a dozen more.
+RESIZES = dict(zip(law.RESIZES, (tf.raw_ops.ResizeBicubic, tf.raw_ops.ResizeBilinear), strict=True))
 
 
 def brightness(image, factor, additive=False):
@@ -41,7 +34,7 @@ def hue(image, factor):
 def to_grayscale(image):
   """Returns f32[..., H, W, 3], three times the luma of `image`."""
   image = tf.convert_to_tensor(image)
-  luma = tf.tensordot(image, tf.constant(LUMA, image.dtype), 1)
+  luma = tf.tensordot(image, tf.constant(law.LUMA, image.dtype), 1)
   return tf.stack([luma] * 3, axis=-1)
 
 
@@ -92,10 +85,10 @@ def crop_box(seed, height, width, *, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
     tf.stack([height, width, 3]),
     tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
     seed,
-    min_object_covered=0.1,
+    min_object_covered=law.MIN_COVERED,
     aspect_ratio_range=aspect,
     area_range=area,
-    max_attempts=100,
+    max_attempts=law.ATTEMPTS,
     use_image_if_no_bounding_boxes=True,
   )
   return tf.concat([begin[:2], extent[:2]], 0)
@@ -113,8 +106,7 @@ def crop_and_resize(image, box, size):
   image = tf.convert_to_tensor(image)
   crop = image[..., y : y + height, x : x + width, :]
   crop, shape = _as_batch(tf.cast(crop, tf.float32) / 255.0 if crop.dtype == tf.uint8 else crop)
-  # The op behind tf.image.resize, whose Python wrapper costs a dozen more.
-  resized = tf.raw_ops.ResizeBicubic(images=crop, size=[size, size], half_pixel_centers=True)
+  resized = RESIZES["bicubic"](images=crop, size=[size, size], half_pixel_centers=True)
   return tf.reshape(resized, tf.concat([shape[:-3], [size, size, 3]], 0))
 
 
@@ -128,14 +120,14 @@ def center_crop(image, size):
   height, width = tf.unstack(tf.shape(image)[-3:-1])
 
   def crop():
-    side = tf.cast(tf.math.rint(EVALUATION_SHARE * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
+    side = tf.cast(tf.math.rint(law.EVALUATION_SHARE * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
     return crop_and_resize(image, [(height - side + 1) // 2, (width - side + 1) // 2, side, side], size)
 
   def whole():
     return crop_and_resize(image, [0, 0, height, width], size)  # of its own size: the same numbers
 
   as_it_is = tf.logical_and(tf.equal(height, size), tf.equal(width, size))
-  return tf.clip_by_value(tf.cond(as_it_is, whole, crop) if size <= SMALL_IMAGE else crop(), 0.0, 1.0)
+  return tf.clip_by_value(tf.cond(as_it_is, whole, crop) if size <= law.SMALL_IMAGE else crop(), 0.0, 1.0)
 
 
 def pretrain_view(
@@ -171,14 +163,15 @@ def pretrain_view(
     flip: whether half of the views are mirrored.
     area, aspect: ranges of the crop, as in `crop_box`.
   """
-  check_color(color_strength, brightness)
-  crop_seed, number_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+  law.check_color(color_strength, brightness)
+  crop_seed, number_seed = tf.unstack(_split(seed))
   numbers = iter(tf.unstack(tf.random.stateless_uniform([10], number_seed)))
   view = _crop_and_flip(image, crop_seed, next(numbers), size=size, flip=flip, area=area, aspect=aspect)
 
   additive = brightness == "additive"
-  factors = _color_factors([next(numbers) for _ in range(4)], color_strength, additive)
-  order = tf.gather(ORDERS, tf.cast(next(numbers) * len(ORDERS), tf.int32))
+  ranges = law.color_ranges(color_strength, additive)
+  factors = [low + (high - low) * next(numbers) for low, high in ranges]
+  order = tf.gather(law.ORDERS, tf.cast(next(numbers) * len(law.ORDERS), tf.int32))
   jitter = lambda x=view: color_jitter(x, factors, order, additive)
   view = tf.cond(next(numbers) < color_probability, jitter, lambda x=view: x)
   view = tf.cond(next(numbers) < grayscale_probability, lambda x=view: to_grayscale(x), lambda x=view: x)
@@ -191,36 +184,107 @@ def pretrain_view(
   return tf.ensure_shape(view, [size, size, 3])
 
 
-def two_views(image, seed, *, size, **law):
-  """Returns two independent views f32[2, size, size, 3]; `law` are the knobs of `pretrain_view`."""
-  seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
-  return tf.stack([pretrain_view(image, view_seed, size=size, **law) for view_seed in seeds])
+def two_views(content, seed, *, size, **knobs):
+  """Returns two independent views f32[2, size, size, 3]; `knobs` are those of `pretrain_view`.
+
+  The content is an image, f32[H, W, 3] in [0, 1] or u8, or its encoded bytes.
+  """
+  image = sources.decode_image(tf.convert_to_tensor(content))
+  seeds = tf.unstack(_split(seed))
+  return tf.stack([pretrain_view(image, view_seed, size=size, **knobs) for view_seed in seeds])
 
 
-def train_view(image, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
-  """Returns a random crop and flip f32[size, size, 3] in [0, 1], the law of supervised training."""
-  crop_seed, number_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+def two_crops(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), resize="bicubic"):
+  """Returns two random crops u8[2, size, size, 3]: those of `two_views` of this seed before their colours change.
+
+  What bicubic interpolation overshoots is clipped, the rest rounded. Of a JPEG only the part that the crops cover is
+  decoded, once.
+
+  Args:
+    content: an image u8[H, W, 3], or its encoded bytes.
+    seed: int[2].
+    size, flip, area, aspect: as in `pretrain_view`.
+    resize: one of `law.RESIZES`; bilinear is faster, and not the reference's.
+  """
+  views = [tf.unstack(_split(view_seed)) for view_seed in tf.unstack(_split(seed))]
+  coins = [tf.random.stateless_uniform([10], numbers)[0] for _, numbers in views]
+  image, boxes = _covering(content, [crop_seed for crop_seed, _ in views], area, aspect)
+  return tf.stack(
+    [_uint8_crop(image, box, coin, size, flip, resize) for box, coin in zip(tf.unstack(boxes), coins, strict=True)]
+  )
+
+
+def train_view(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
+  """Returns a random crop and flip f32[size, size, 3] in [0, 1], the law of supervised training.
+
+  The content is an image, f32[H, W, 3] in [0, 1] or u8, or its encoded bytes.
+  """
+  crop_seed, number_seed = tf.unstack(_split(seed))
   coin = tf.random.stateless_uniform([], number_seed)
+  image = sources.decode_image(tf.convert_to_tensor(content))
   view = _crop_and_flip(image, crop_seed, coin, size=size, flip=flip, area=area, aspect=aspect)
   return tf.clip_by_value(view, 0.0, 1.0)
 
 
-def eval_view(image, *, size):
-  """Returns the evaluation's `center_crop` f32[size, size, 3] of one image, f32[H, W, 3] in [0, 1] or u8."""
-  return tf.ensure_shape(center_crop(image, size), [size, size, 3])
+def train_crop(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), resize="bicubic"):
+  """Returns the `train_view` of this seed as u8[size, size, 3]; see `two_crops`."""
+  crop_seed, number_seed = tf.unstack(_split(seed))
+  coin = tf.random.stateless_uniform([], number_seed)
+  image, boxes = _covering(content, [crop_seed], area, aspect)
+  return _uint8_crop(image, boxes[0], coin, size, flip, resize)
 
 
-def check_color(color_strength, brightness):
-  """Raises a UserError for a strength or an implementation of brightness that has no meaning."""
-  if not 0.0 <= color_strength <= LARGEST_STRENGTH:
-    raise errors.UserError(
-      f"color_strength {color_strength} is outside 0 to {LARGEST_STRENGTH}, above which contrast factors "
-      f"would be negative; use at most {LARGEST_STRENGTH}."
-    )
-  if brightness not in BRIGHTNESS:
-    raise errors.UserError(
-      f'unknown brightness "{brightness}"; use one of {", ".join(BRIGHTNESS)}{errors.nearest(brightness, BRIGHTNESS)}'
-    )
+def eval_view(content, *, size):
+  """Returns the evaluation's `center_crop` f32[size, size, 3] of one image, f32[H, W, 3] in [0, 1], u8, or encoded."""
+  return tf.ensure_shape(center_crop(sources.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
+
+
+def _split(seed):
+  return tf.random.experimental.stateless_split(seed, 2)
+
+
+def _covering(content, seeds, area, aspect):
+  """Returns (u8[h, w, 3], boxes i32[len(seeds), 4] in it): as much of an image as its random crops need."""
+  content = tf.convert_to_tensor(content)
+
+  def boxes_in(height, width):
+    return tf.stack([crop_box(seed, height, width, area=area, aspect=aspect) for seed in seeds])
+
+  def part_of_jpeg():
+    height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(content))
+    boxes = boxes_in(height, width)
+    # A column more on either side: the colours at the edges of what is decoded miss their neighbours.
+    begin = tf.maximum(tf.reduce_min(boxes[:, :2], 0) - [0, 1], 0)
+    end = tf.minimum(tf.reduce_max(boxes[:, :2] + boxes[:, 2:], 0) + [0, 1], [height, width])
+    image = tf.image.decode_and_crop_jpeg(content, tf.concat([begin, end - begin], 0), channels=3)
+    return image, boxes - tf.pad(begin, [[0, 2]])
+
+  def whole():
+    image = sources.decode_image(content)
+    height, width, _ = tf.unstack(tf.shape(image))
+    return image, boxes_in(height, width)
+
+  return tf.cond(tf.io.is_jpeg(content), part_of_jpeg, whole) if content.dtype == tf.string else whole()
+
+
+def _uint8_crop(image, box, coin, size, flip, resize):
+  """Returns a crop of u8[H, W, 3] resized to u8[size, size, 3], mirrored if there is a flip and `coin` is below 0.5."""
+  y, x, height, width = tf.unstack(box)
+  # The same numbers from uint8 take twice as long: the op converts each pixel again for every pixel that it makes of it.
+  crop = tf.cast(tf.slice(image, [y, x, 0], [height, width, 3]), tf.float32)
+  view = RESIZES[resize](images=crop[None], size=[size, size], half_pixel_centers=True)[0]
+  view = _rounded(view)
+  if flip:
+    view = tf.raw_ops.Reverse(tensor=view, dims=tf.stack([False, coin < 0.5, False]))
+  return tf.ensure_shape(view, [size, size, 3])
+
+
+def _rounded(view):
+  """Returns f32[...] clipped to 0..255 and rounded to u8[...], halves to even, in one pass over it."""
+  quantized, _, _ = tf.raw_ops.QuantizeV2(
+    input=view, min_range=0.0, max_range=255.0, T=tf.quint8, mode="SCALED", round_mode="HALF_TO_EVEN"
+  )
+  return tf.bitcast(quantized, tf.uint8)
 
 
 def _crop_and_flip(image, seed, coin, *, size, flip, area, aspect):
@@ -229,15 +293,6 @@ def _crop_and_flip(image, seed, coin, *, size, flip, area, aspect):
   view = crop_and_resize(image, crop_box(seed, height, width, area=area, aspect=aspect), size)
   view = tf.ensure_shape(view, [size, size, 3])
   return tf.cond(coin < 0.5, lambda: tf.reverse(view, [1]), lambda: view) if flip else view
-
-
-def _color_factors(numbers, strength, additive):
-  """Returns the factors of `color_jitter` for four numbers uniform in [0, 1)."""
-  spread, turn = 0.8 * strength, 0.2 * strength
-  least = max(0.0, 1.0 - spread)
-  ranges = [(-spread, spread) if additive else (least, 1.0 + spread)]
-  ranges += [(1.0 - spread, 1.0 + spread)] * 2 + [(-turn, turn)]
-  return [low + (high - low) * number for number, (low, high) in zip(numbers, ranges, strict=True)]
 
 
 def _as_batch(image):

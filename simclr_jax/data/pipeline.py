@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from simclr_jax import errors
-from simclr_jax.data import sources
+from simclr_jax.data import order, sources
 
 NO_CONVERSION = tf.autograph.experimental.do_not_convert
 
@@ -34,8 +33,8 @@ def train_batches(
 
   Args:
     source: of the examples.
-    transform: (image u8[H, W, 3], seed i32[2]) to a dict of tensors, in TensorFlow; the seed is a function of
-      (`seed`, epoch, example).
+    transform: (content, seed i32[2]) to a dict of tensors, in TensorFlow; the content is an image u8[H, W, 3] or its
+      encoded bytes, see `sources.Source.read`, the seed a function of (`seed`, epoch, example).
     batch_size: images of the global batch.
     shards: number of parts; the hosts divide it, and it divides the batch.
     seed: of the order and of the transform.
@@ -45,9 +44,10 @@ def train_batches(
     threads: of the transform; 0 takes one for each processor.
 
   Yields:
-    what `transform` gives, stacked, and `label` i32[n] (-1: none), `index` i64[n], the position in the split.
+    what `transform` gives, stacked, and `label` i32[n] (-1: none), `index` i32[n], the position in the split,
+    `epoch` i32[n].
   """
-  check(source, batch_size, shards, seed, shuffle_window, process_count)
+  order.check(source, batch_size, shards, seed, shuffle_window, process_count)
   count = batch_size // shards
   bounds = [source.num_examples * part // shards for part in range(shards + 1)]
   owned = range(shards * process_index // process_count, shards * (process_index + 1) // process_count)
@@ -98,12 +98,9 @@ def evaluation_batches(
     seed: of the transform, at epoch 0.
 
   Yields:
-    what `transform` gives, stacked, and `label` i32[n], `index` i64[n], `mask` f32[n].
+    what `transform` gives, stacked, and `label` i32[n], `index` i32[n], `mask` f32[n].
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise errors.UserError(
-      f"an evaluation batch of {batch_size} does not split over {process_count} hosts; use a multiple."
-    )
+  order.check_evaluation(batch_size, process_count)
   bounds = [source.num_examples * host // process_count for host in range(process_count + 1)]
   begin, end = bounds[process_index], bounds[process_index + 1]
   rows = tf.data.Dataset.range(begin, end).map(lambda index: (index, tf.constant(0, tf.int64)))
@@ -127,12 +124,13 @@ def example_seed(seed, epoch, index):
 
 
 def _finish(rows, source, transform, seed, threads):
-  """Returns the decoded, transformed rows of rows (index, epoch) or (index, epoch, record), in order."""
+  """Returns the transformed rows of rows (index, epoch) or (index, epoch, record), in order."""
 
   @NO_CONVERSION
   def finish(index, epoch, *stored):
-    image, label = source.decode(*(stored or (column[index] for column in source.examples)))
-    return {**transform(image, example_seed(seed, epoch, index)), "label": label, "index": index}
+    content, label = source.read(*(stored or (column[index] for column in source.examples)))
+    position = {"index": tf.cast(index, tf.int32), "epoch": tf.cast(epoch, tf.int32)}
+    return {**transform(content, example_seed(seed, epoch, index)), "label": label, **position}
 
   workers = threads or os.cpu_count()
   options = tf.data.Options()
@@ -171,9 +169,9 @@ def _streamed_parts(plans, window, count):
 
   @NO_CONVERSION
   def one_epoch(files, skips, takes, places, indices, epoch, done):
-    order = tf.data.Dataset.from_tensor_slices((places, indices)).batch(window)
-    windows = tf.data.Dataset.zip(sources.records_of(files, skips, takes).batch(window), order)
-    shuffled = windows.map(lambda records, order: (order[1], tf.gather(records, order[0])))
+    turns = tf.data.Dataset.from_tensor_slices((places, indices)).batch(window)
+    windows = tf.data.Dataset.zip(sources.records_of(files, skips, takes).batch(window), turns)
+    shuffled = windows.map(lambda records, turns: (turns[1], tf.gather(records, turns[0])))
     rows = shuffled.prefetch(1).unbatch().skip(done)
     return rows.map(lambda index, record: (index, epoch, record))
 
@@ -224,24 +222,3 @@ def _padded(batches, empty, count):
     have = len(batch["index"])
     batch = {key: np.concatenate([batch[key], empty[key][have:]]) for key in empty} if have < local else batch
     yield {**batch, "mask": (np.arange(local) < have).astype(np.float32)}
-
-
-def check(source, batch_size, shards, seed, shuffle_window, process_count):
-  """Raises a UserError for numbers that do not fit each other."""
-  if shards < 1 or batch_size < 1 or batch_size % shards:
-    raise errors.UserError(
-      f"a batch of {batch_size} does not split into {shards} data shards; use a multiple of the shards."
-    )
-  if shards % process_count:
-    raise errors.UserError(
-      f"{shards} data shards do not split over {process_count} hosts; use a multiple of the hosts."
-    )
-  if source.num_examples < shards:
-    raise errors.UserError(
-      f"{source.name} has {source.num_examples} examples for {shards} data shards; "
-      f"use at most {source.num_examples} shards."
-    )
-  if not 0 <= seed < 2**31:
-    raise errors.UserError(f"seed {seed} does not fit; use one from 0 to {2**31 - 1}.")
-  if shuffle_window < 1:
-    raise errors.UserError(f"a shuffle window of {shuffle_window} records; use at least 1.")

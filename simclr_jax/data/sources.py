@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import os
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from simclr_jax import errors
+from simclr_jax.data import arrays
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
@@ -38,7 +38,8 @@ class Source:
     num_examples: of the split.
     num_classes: 0 without labels.
     class_names: one for each class.
-    decode: a stored example (TensorFlow) to (image u8[H, W, 3], label i32[], -1 if it has none).
+    read: a stored example (TensorFlow) to (content, label i32[], -1 if it has none); the content is an image
+      u8[H, W, 3] or the bytes of an encoded one.
     examples: tensors whose row i is stored example i; None when the examples stay in `pieces`.
     pieces: of TFRecord files whose records, one after the other, are the stored examples.
   """
@@ -47,7 +48,7 @@ class Source:
   num_examples: int
   num_classes: int
   class_names: tuple[str, ...]
-  decode: Callable
+  read: Callable
   examples: tuple[tf.Tensor, ...] | None = None
   pieces: tuple[Piece, ...] = ()
 
@@ -81,113 +82,51 @@ def load(
   if source == "folder":
     return _folder(data_dir, split, cache, max_bad_share)
   if source == "arrays":
-    return _npz(data_dir, split)
+    return in_memory(arrays.from_npz(data_dir, split))
   if source == "shapes":
-    return _shapes(split, num_examples, image_size, seed)
+    return in_memory(arrays.from_shapes(split, num_examples, image_size, seed))
   raise errors.UserError(
     f'unknown data source "{source}"; use one of {", ".join(SOURCES)}{errors.nearest(source, SOURCES)}'
   )
 
 
-def from_arrays(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "arrays") -> Source:
-  """Returns a split of arrays in memory.
-
-  Args:
-    arrays: for each split S either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets`
-      int[N + 1], where bytes[offsets[i] : offsets[i + 1]] is the encoded image i; if there are any,
-      `S_labels` int[N] and `class_names`.
-    split: which S.
-    name: for messages.
-  """
-  splits = sorted({key.rsplit("_", 1)[0] for key in arrays if key.endswith(("_images", "_bytes"))})
-  if split not in splits:
-    raise errors.UserError(
-      f'{name} has no split "{split}" (no arrays {split}_images or {split}_bytes and {split}_offsets); '
-      f"its splits: {', '.join(splits) or 'none'}{errors.nearest(split, splits)}"
-    )
-  if f"{split}_images" in arrays:
-    images = np.asarray(arrays[f"{split}_images"])
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-      raise errors.UserError(
-        f"{split}_images of {name} is {images.dtype}{list(images.shape)}; convert it to uint8[N, H, W, 3]."
-      )
-    decode = lambda image, label: (image, label)
-  else:
-    images = _encoded(arrays, split, name)
-    decode = lambda encoded, label: (decode_image(encoded), label)
-  labels, num_classes = _labels_of(arrays, split, len(images), name)
-  names = tuple(str(n) for n in arrays.get("class_names", range(num_classes)))
-  if num_classes and len(names) != num_classes:
-    raise errors.UserError(
-      f"{name} has {len(names)} class_names and labels up to {num_classes - 1}; give one name a class."
-    )
+def in_memory(held: arrays.Arrays) -> Source:
+  """Returns the source of images that are in memory already."""
   return Source(
-    f"{name} ({split})",
-    num_examples=len(images),
-    num_classes=num_classes,
-    class_names=names[:num_classes],
-    decode=decode,
-    examples=_on_host(images, labels),
+    held.name,
+    num_examples=len(held.images),
+    num_classes=len(held.class_names),
+    class_names=held.class_names,
+    read=lambda content, label: (content, label),
+    examples=_on_host(held.images, held.labels),
   )
 
 
-def decode_image(encoded):
-  """Returns u8[H, W, 3] for the bytes of a JPEG, PNG, BMP, GIF (its first frame) or WebP image."""
-  return tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3])
+def decoded(source: Source) -> arrays.Arrays:
+  """Returns the split in memory with its images decoded; they must have one size."""
+  rows = tf.data.Dataset.from_tensor_slices(source.examples) if source.examples else records(source.pieces)
+
+  def decode(*stored):
+    content, label = source.read(*stored)
+    return decode_image(content), label
+
+  images, labels = None, np.empty(source.num_examples, np.int32)
+  for number, (image, label) in enumerate(rows.map(decode, num_parallel_calls=os.cpu_count()).as_numpy_iterator()):
+    if images is None:
+      images = np.empty((source.num_examples, *image.shape), np.uint8)
+    arrays.check_size(image, images[0], number, source.name)
+    images[number], labels[number] = image, label
+  return arrays.Arrays(source.name, images, labels, source.class_names)
 
 
-def _npz(path, split):
-  if not os.path.isfile(path):
-    raise errors.UserError(f'no file "{path}" for the source arrays; set data_dir to an .npz file.')
-  with open(path, "rb") as stream:
-    try:
-      file = np.load(stream)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-      raise errors.UserError(f'"{path}" is no .npz file ({error}); write it with np.savez.') from error
-    if not isinstance(file, Mapping):
-      raise errors.UserError(f'"{path}" holds one array, wanted several by name; write it with np.savez.')
-    return from_arrays(file, split, name=os.path.basename(path))
+def decode_image(content):
+  """Returns u8[H, W, 3] for the bytes of a JPEG, PNG, BMP, GIF (its first frame) or WebP image.
 
-
-def _encoded(arrays, split, name):
-  """Returns bytes objects [N] for encoded images that lie one after the other."""
-  if f"{split}_offsets" not in arrays:
-    raise errors.UserError(f"{name} has {split}_bytes but no {split}_offsets; add them, int[N + 1].")
-  data = np.asarray(arrays[f"{split}_bytes"], np.uint8)
-  offsets = np.asarray(arrays[f"{split}_offsets"], np.int64)
-  if (
-    offsets.ndim != 1 or len(offsets) < 1 or np.any(np.diff(offsets) <= 0) or offsets[0] < 0 or offsets[-1] > len(data)
-  ):
-    raise errors.UserError(f"{split}_offsets of {name} do not cut its {len(data)} bytes; wanted int[N + 1], rising.")
-  return np.array([data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)], object)
-
-
-def _labels_of(arrays, split, count, name):
-  """Returns (i32[count], number of classes over all splits), or (-1s, 0) where the split has no labels."""
-  if f"{split}_labels" not in arrays:
-    return np.full(count, -1, np.int32), 0
-  labels = np.asarray(arrays[f"{split}_labels"])
-  if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-    raise errors.UserError(
-      f"{split}_labels of {name} is {labels.dtype}{list(labels.shape)}, wanted int[{count}]; give each image one."
-    )
-  every = [np.asarray(arrays[key]) for key in arrays if key.endswith("_labels")]
-  return labels.astype(np.int32), max((int(labels.max()) + 1 for labels in every if labels.size), default=0)
-
-
-def _shapes(split, num_examples, image_size, seed):
-  from simclr_jax.data import shapes
-
-  if num_examples < 1:
-    raise errors.UserError(f"{num_examples} shapes asked for; set the number of examples to at least 1.")
-  if split not in shapes.SPLITS:
-    raise errors.UserError(
-      f'the shapes have no split "{split}"; their splits: {", ".join(shapes.SPLITS)}'
-      f"{errors.nearest(split, shapes.SPLITS)}"
-    )
-  images, labels = shapes.draw(split, num_examples, image_size, seed)
-  names = np.array(shapes.CLASS_NAMES)
-  return from_arrays({f"{split}_images": images, f"{split}_labels": labels, "class_names": names}, split, name="shapes")
+  An image is returned as it is.
+  """
+  if content.dtype != tf.string:
+    return content
+  return tf.ensure_shape(tf.io.decode_image(content, channels=3, expand_animations=False), [None, None, 3])
 
 
 def _on_host(*arrays):
@@ -227,16 +166,16 @@ def _tfds(name, split, data_dir, cache):
   label = kinds.get("label")
   labelled = isinstance(label, tfds.features.ClassLabel)
 
-  def decode(record):
+  def read(record):
     example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
-    return decode_image(example["image"]), tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
+    return example["image"], tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
 
   return Source(
     f"{builder.info.full_name} ({split})",
     num_examples=sum(piece.take for piece in pieces),
     num_classes=label.num_classes if labelled else 0,
     class_names=tuple(label.names) if labelled else (),
-    decode=decode,
+    read=read,
     examples=(_all_rows(records(pieces)),) if cache else None,
     pieces=() if cache else pieces,
   )
@@ -316,15 +255,15 @@ def _folder(root, split, cache, max_bad_share):
   class_of = {class_name: number for number, class_name in enumerate(class_names)}
   labels = np.array([class_of.get(kinds[number], -1) for number in good], np.int32)
   stored, labels = _on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels)
-  read = tf.io.read_file
+  load = tf.io.read_file
   if cache:
-    stored, read = _all_rows(tf.data.Dataset.from_tensor_slices(stored).map(read)), tf.identity
+    stored, load = _all_rows(tf.data.Dataset.from_tensor_slices(stored).map(load)), tf.identity
   return Source(
     f"{root} ({split})",
     num_examples=len(good),
     num_classes=len(class_names),
     class_names=class_names,
-    decode=lambda path, label: (decode_image(read(path)), label),
+    read=lambda path, label: (load(path), label),
     examples=(stored, labels),
   )
 

@@ -7,6 +7,8 @@ All of the encoder and a fresh classifier learn, BatchNorm included (v1 appendix
 from simclr_jax.jobs import linear_eval
 
 
-def run(config, workdir: str) -> dict[str, float]:
+def run(config, workdir: str, *, profile_steps: str = "") -> dict[str, float]:
   """Returns the held-out accuracies of the network trained by `config.finetune`."""
-  return linear_eval.train_classifier(config, config.finetune, workdir, job="finetune", frozen=False)
+  return linear_eval.train_classifier(
+    config, config.finetune, workdir, job="finetune", frozen=False, profile_steps=profile_steps
+  )

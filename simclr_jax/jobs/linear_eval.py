@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from etils import epath
 
-from simclr_jax import checkpoint, errors, evaluation, figures, inference, optim, telemetry
+from simclr_jax import checkpoint, cost, errors, evaluation, figures, inference, optim, telemetry
 from simclr_jax import loop as training_loop
 from simclr_jax import state as state_lib
-from simclr_jax.data import host_augment
-from simclr_jax.jobs import setup
+from simclr_jax.jobs import feature_eval, feed, setup
 from simclr_jax.models import simclr
 
-SHOWN = {"train/loss": "loss", "train/accuracy": "accuracy", "speed/images_per_second": "images/s"}
+SHOWN = {"train/loss": "loss", "train/accuracy": "accuracy"}
 RANDOM = "random"
 
 
@@ -37,12 +37,13 @@ def train_step(
   weight_decay: float,
   optimizer: str,
   whole: Callable[[Any], Any] = lambda params: params,
+  prepare: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and the metrics before it.
 
   Args:
     state: donated by the caller.
-    batch: `image` f32[N, H, W, 3] in [0, 1], sharded over N; `label` i32[N].
+    batch: sharded over N; `label` i32[N], and what `prepare` needs.
     model: encoder and classifier.
     tx: the optimizer of the trainable part.
     schedule: the learning rate, for the metrics.
@@ -50,7 +51,10 @@ def train_step(
     weight_decay: for what the optimizer leaves to the loss.
     optimizer: its name, which decides that.
     whole: makes parameters that are split over the devices whole on each.
+    prepare: batch -> the same with `image` f32[N, H, W, 3] in [0, 1] or u8; the part of the augmentation that is done
+      here.
   """
+  batch = prepare(batch)
 
   def loss_fn(trained):
     variables = {"params": whole({**state.params, **trained}), "batch_stats": state.batch_stats}
@@ -75,16 +79,23 @@ def trainable(params: dict[str, Any], *, frozen: bool) -> dict[str, Any]:
   return {"linear_head": params["linear_head"]} if frozen else params
 
 
-def run(config, workdir: str) -> dict[str, float]:
+def run(config, workdir: str, *, profile_steps: str = "") -> dict[str, float]:
   """Returns the held-out accuracies of a linear classifier on the frozen encoder of `config.checkpoint`."""
   if not config.checkpoint:
     raise errors.UserError(
       "linear_eval has no encoder; give --config.checkpoint=RUN, the workdir of a pretraining run (or `random`)."
     )
-  return train_classifier(config, config.linear_eval, workdir, job="linear_eval", frozen=True)
+  protocol = setup.choice("linear_eval.protocol", config.linear_eval.protocol, ("reference", "features"))
+  if protocol == "features":
+    return feature_eval.run(config, workdir)
+  return train_classifier(
+    config, config.linear_eval, workdir, job="linear_eval", frozen=True, profile_steps=profile_steps
+  )
 
 
-def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) -> dict[str, float]:
+def train_classifier(
+  config, recipe, workdir: str, *, job: str, frozen: bool, profile_steps: str = ""
+) -> dict[str, float]:
   """Trains a classifier on the encoder by `recipe`, and returns (and writes to `result.json`) held-out accuracies."""
   mesh = setup.mesh_for(config, (f"{job}.batch_size", recipe.batch_size), ("eval_batch_size", config.eval_batch_size))
   pretrained = config.checkpoint not in ("", RANDOM)
@@ -102,12 +113,10 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
   )
   sizes = {"examples": train.num_examples, "batch_size": recipe.batch_size}
   tx, schedule, total_steps = setup.optimizer_of(recipe.optimizer, total_epochs=recipe.total_epochs, **sizes)
-  transform = lambda image, seed: {
-    "image": host_augment.train_view(
-      image, seed, size=config.data.image_size, flip=config.augment.flip, area=(recipe.min_area, 1.0)
-    )
-  }
-  rows = setup.train_rows(config, train, transform, batch_size=recipe.batch_size, key=f"{job}.batch_size")
+  images = feed.singles(
+    config, train, mesh, batch_size=recipe.batch_size, min_area=recipe.min_area, key=f"{job}.batch_size"
+  )
+  profiled = setup.profiled_steps(profile_steps)
   checkpoints = setup.checkpoints_of(config, workdir, job=job, **sizes)
 
   params, batch_stats = state_lib.variables(
@@ -119,10 +128,8 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
     )
     params, batch_stats = {**params, **encoder}, {**batch_stats, **statistics}
   state = state_lib.create(params, batch_stats, tx, functools.partial(trainable, frozen=frozen))
-  step_fn = setup.jitted(
+  step_fn = functools.partial(
     train_step,
-    mesh,
-    state,
     model=model,
     tx=tx,
     schedule=schedule,
@@ -130,6 +137,7 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
     weight_decay=recipe.optimizer.weight_decay,
     optimizer=recipe.optimizer.name,
     whole=setup.whole_of(config, mesh),
+    prepare=images.prepare,
   )
   evaluate = _held_out_accuracy(model, setup.evaluation_rows(config, held_out), mesh)
   telemetry.log.info(
@@ -143,9 +151,7 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
   )
   _, result = training_loop.train(
     state,
-    step_fn,
-    rows,
-    mesh=mesh,
+    images.steps(step_fn, state),
     workdir=workdir,
     total_steps=total_steps,
     batch_size=recipe.batch_size,
@@ -153,10 +159,20 @@ def train_classifier(config, recipe, workdir: str, *, job: str, frozen: bool) ->
     log_every_steps=config.log_every_steps,
     title=job,
     show=SHOWN,
+    flops_per_step=_step_flops(config, model, state, recipe.batch_size, frozen=frozen),
     evaluate=evaluate,
     evaluate_every_steps=setup.every(recipe.evaluate_every_epochs, **sizes),
+    profile_steps=profiled,
   )
   return _finish(workdir, job, {**result, "checkpoint": config.checkpoint, "steps": total_steps})
+
+
+def _step_flops(config, model, state, batch_size: int, *, frozen: bool) -> int:
+  """Returns the model FLOPs of one step: three forward passes, or about one where the encoder is frozen."""
+  image = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  forward = cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, image)
+  return batch_size * forward * (1 if frozen else 3)
 
 
 def _held_out_accuracy(model, rows, mesh):

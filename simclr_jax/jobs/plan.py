@@ -26,7 +26,7 @@ from jax.experimental import topologies
 
 from simclr_jax import chips, cost, errors, sharding, telemetry
 from simclr_jax import state as state_lib
-from simclr_jax.jobs import pretrain, setup
+from simclr_jax.jobs import feed, pretrain, setup
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
 
@@ -125,7 +125,9 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
   batch = batch_of(config, mesh)
   begin = time.monotonic()
   # Traced before it is compiled, since a wrong value in the config is found there.
-  traced = pretrain.step_of(config, model, tx, schedule, mesh, state).trace(state, batch)
+  _, prepare = feed.law_of_pairs(config)
+  step_fn = pretrain.step_of(config, model, tx, schedule, mesh, prepare)
+  traced = setup.jitted(step_fn, mesh, state).trace(state, batch)
   lowered = traced.lower(lowering_platforms=(devices[0].platform,))
   memory, exchanged, needed = None, [], 0
   try:
@@ -142,12 +144,8 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
     memory = _memory_of(compiled.memory_analysis(), state, batch)
     needed = sum(memory.values())
     exchanged = _exchanged(cost.collectives(compiled.as_text(), mesh.size))
-  image = jax.ShapeDtypeStruct((2, *batch["views"].shape[2:]), batch["views"].dtype)
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
-  forward = cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, image)
-  # Every pair of views is scored once forward; the gradient takes two more products of that size.
-  loss = 2 * (2 * config.batch_size) ** 2 * config.head.out_dim
-  flops = 3 * (forward * config.batch_size + loss)
+  forward = pretrain.forward_flops(config, model, state)
+  flops = pretrain.step_flops(config, forward)
   return Plan(
     batch_size=config.batch_size,
     micro_batches=config.micro_batches,
@@ -166,13 +164,15 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
 
 
 def batch_of(config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a global batch, as the input pipeline delivers it."""
+  """Returns the shapes of a global batch, as it comes before the part of the augmentation that the step does."""
   n, size, at = config.batch_size, config.data.image_size, sharding.batched(mesh)
-  return {
-    "views": jax.ShapeDtypeStruct((n, 2, size, size, 3), jnp.float32, sharding=at),
-    "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=at),
-    "index": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=at),
-  }
+  if config.data.resident:
+    images = {"image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=at)}
+  else:
+    dtype = jnp.uint8 if config.augment.place == "device" else jnp.float32
+    images = {"views": jax.ShapeDtypeStruct((n, 2, size, size, 3), dtype, sharding=at)}
+  row = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=at)
+  return {**images, "label": row, "index": row, "epoch": row}
 
 
 def estimates(plan: Plan, mfu: float) -> dict[str, float | None]:

@@ -4,6 +4,9 @@ Two augmented views of each image go through encoder and projection head; NT-Xen
 other images of the global batch away. Where the images have labels, a linear classifier behind stop_gradient learns
 along and shows how good the features are. Needs --config and --workdir. Killed or preempted, the same command goes on
 where the last checkpoint stands.
+
+--profile_steps=10,15 writes a profiler trace of these steps to DIR/profile. --profile_input runs the input pipeline
+alone and says how many host threads it takes to feed a chip (--chip=v5e, --mfu=0.4 the share of its peak expected).
 """
 
 import functools
@@ -17,14 +20,13 @@ import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import errors, evaluation, figures, inference, losses, optim, sharding, telemetry
+from simclr_jax import cost, errors, evaluation, figures, inference, losses, optim, sharding, telemetry
 from simclr_jax import loop as training_loop
 from simclr_jax import state as state_lib
-from simclr_jax.data import host_augment
-from simclr_jax.jobs import setup
+from simclr_jax.jobs import feed, input_profile, setup
 from simclr_jax.models import simclr
 
-SHOWN = {"train/loss": "loss", "train/contrast_acc": "contrast acc", "speed/images_per_second": "images/s"}
+SHOWN = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 
 
 def train_step(
@@ -43,12 +45,13 @@ def train_step(
   loss_kind: str = "nt_xent",
   micro_batches: int = 1,
   whole: Callable[[Any], Any] = lambda params: params,
+  prepare: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and the metrics before it.
 
   Args:
     state: donated by the caller.
-    batch: `views` f32[N, 2, H, W, 3] in [0, 1], sharded over N; `label` i32[N].
+    batch: sharded over N; `label` i32[N], and what `prepare` needs.
     model: the network.
     tx: its optimizer.
     schedule: the learning rate, for the metrics.
@@ -63,6 +66,8 @@ def train_step(
     micro_batches: parts of the batch that go through the network one after the other. The contrastive gradient stays
       that of the whole batch; BatchNorm takes its statistics over one part, see `_micro_batched_gradients`.
     whole: makes parameters that are split over the devices whole on each.
+    prepare: rows of the batch -> the same with `views` f[n, 2, H, W, 3] in [0, 1]; the part of the augmentation that is
+      done here, on one micro-batch at a time.
   """
 
   def contrast(z):
@@ -73,7 +78,8 @@ def train_step(
 
   def network(params, batch):
     # One pass over both views: BatchNorm's statistics are theirs together, and those of all devices.
-    images = batch["views"].reshape(-1, *batch["views"].shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
+    views = prepare(batch)["views"]
+    images = views.reshape(-1, *views.shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
     variables = {"params": params, "batch_stats": state.batch_stats}
     (_, z, logits), updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
     supervised = {}
@@ -143,16 +149,22 @@ def _micro_batched_gradients(network, contrast, decay, params, batch, whole, cou
   return jax.tree.map(jnp.add, grads, decay_grads), {**metrics, **supervised}, batch_stats
 
 
-def run(config, workdir: str) -> dict[str, float]:
+def run(
+  config, workdir: str, *, profile_steps: str = "", profile_input: str = "", chip: str = "", mfu: str = ""
+) -> dict[str, float] | None:
   """Pretrains, and returns (and writes to `result.json`) the accuracy of the online head if there is one."""
   mesh = mesh_of(config)
   train = setup.source_of(config, config.data.train_split)
   if config.loss.kind == "sup_con" and not train.num_classes:
     raise errors.UserError("config.loss.kind sup_con attracts images of one label, and these have none; use nt_xent.")
   model, tx, schedule, total_steps = parts_of(config, examples=train.num_examples, classes=train.num_classes)
+  images = feed.pairs(config, train, mesh)
+  if profile_input:
+    forward = forward_flops(config, model, state_lib.abstract(model, config.data.image_size, tx, mesh, split=False))
+    return input_profile.run(images, batch_size=config.batch_size, flops_per_image=3 * forward, chip=chip, mfu=mfu)
   sizes = {"examples": train.num_examples, "batch_size": config.batch_size}
-  rows = setup.train_rows(config, train, views_of(config), batch_size=config.batch_size, key="batch_size")
   evaluate = _online_accuracy(config, model, mesh) if model.linear_head and config.data.eval_split else None
+  profiled = setup.profiled_steps(profile_steps)
   checkpoints = setup.checkpoints_of(config, workdir, job="pretrain", **sizes)
 
   split = setup.is_split(config)
@@ -167,9 +179,7 @@ def run(config, workdir: str) -> dict[str, float]:
   )
   _, result = training_loop.train(
     state,
-    step_of(config, model, tx, schedule, mesh, state),
-    rows,
-    mesh=mesh,
+    images.steps(step_of(config, model, tx, schedule, mesh, images.prepare), state),
     workdir=workdir,
     total_steps=total_steps,
     batch_size=config.batch_size,
@@ -177,10 +187,32 @@ def run(config, workdir: str) -> dict[str, float]:
     log_every_steps=config.log_every_steps,
     title="pretrain",
     show=SHOWN,
+    flops_per_step=step_flops(config, forward_flops(config, model, state)),
     evaluate=evaluate,
     evaluate_every_steps=setup.every(config.evaluate_every_epochs, **sizes),
+    profile_steps=profiled,
   )
-  return _finish(workdir, rows, result)
+  return _finish(workdir, images, result)
+
+
+def forward_flops(config, model, state) -> int:
+  """Returns the matrix FLOPs of both views of one image on their way through encoder and heads.
+
+  Args:
+    config: the run's.
+    model: the network.
+    state: its variables, or their shapes.
+  """
+  views = jax.ShapeDtypeStruct((2, config.data.image_size, config.data.image_size, 3), jnp.float32)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  return cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, views)
+
+
+def step_flops(config, forward: int) -> int:
+  """Returns the model FLOPs of one step: three times what both views of an image and all pairs of the batch need."""
+  # Every pair of views is scored once forward; the gradient takes two more products of that size.
+  pairs = 2 * (2 * config.batch_size) ** 2 * config.head.out_dim
+  return 3 * (forward * config.batch_size + pairs)
 
 
 def mesh_of(config, devices=None) -> jax.sharding.Mesh:
@@ -206,12 +238,10 @@ def parts_of(config, *, examples: int, classes: int):
   )
 
 
-def step_of(config, model, tx, schedule, mesh, state):
-  """Returns the compiled-to-be `train_step` for states that are placed as `state`, or its shapes, is."""
-  return setup.jitted(
+def step_of(config, model, tx, schedule, mesh, prepare):
+  """Returns `train_step` as (state, batch) -> (state, metrics), not jitted yet."""
+  return functools.partial(
     train_step,
-    mesh,
-    state,
     model=model,
     tx=tx,
     schedule=schedule,
@@ -224,27 +254,8 @@ def step_of(config, model, tx, schedule, mesh, state):
     loss_kind=config.loss.kind,
     micro_batches=config.micro_batches,
     whole=setup.whole_of(config, mesh),
+    prepare=prepare,
   )
-
-
-def views_of(config):
-  """Returns the transform that makes two views of each image, by the reference's law and the config's knobs."""
-  keys = config.augment
-  return lambda image, seed: {
-    "views": host_augment.two_views(
-      image,
-      seed,
-      size=config.data.image_size,
-      area=(keys.min_area, keys.max_area),
-      flip=keys.flip,
-      color_strength=keys.color_strength,
-      brightness=keys.brightness,
-      color_probability=keys.color_probability,
-      grayscale_probability=keys.grayscale_probability,
-      blur=keys.blur_probability > 0,
-      blur_probability=keys.blur_probability,
-    )
-  }
 
 
 def _online_accuracy(config, model, mesh):
@@ -259,7 +270,7 @@ def _online_accuracy(config, model, mesh):
   return evaluate
 
 
-def _finish(workdir, rows, result):
+def _finish(workdir, images, result):
   if jax.process_index() == 0:
     folder = epath.Path(workdir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -273,7 +284,7 @@ def _finish(workdir, rows, result):
       "Learning rate": {"train/learning_rate": "schedule"},
     }
     figures.curves(telemetry.read_rows(workdir), panels, str(folder / "figures" / "curves.png"), title="Pretraining")
-    views = next(iter(rows(0)))["views"]
-    figures.view_pairs(np.asarray(views), str(folder / "figures" / "view_pairs.png"))
+    views = images.first(figures.PAIRS)["views"]
+    figures.view_pairs(np.asarray(views, np.float32), str(folder / "figures" / "view_pairs.png"))
     telemetry.log.info("Checkpoints, metrics and figures: %s", workdir)
   return result

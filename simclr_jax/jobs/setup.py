@@ -1,13 +1,14 @@
 """From a config to the things that jobs are made of: data, transforms, model, optimizer, checkpoints."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from simclr_jax import checkpoint, errors, optim, sharding
-from simclr_jax.data import host_augment, pipeline, sources
+from simclr_jax.data import arrays, law, order, resident
 from simclr_jax.inference import DTYPES
 from simclr_jax.models import heads
 
@@ -42,9 +43,9 @@ def mesh_for(config, *batch_sizes: tuple[str, int], devices=None, micro_batches:
     micro_batches = 1
   for key in ("dtype", "param_dtype"):
     choice(f"model.{key}", config.model[key], DTYPES)
-  choice("augment.place", config.augment.place, ("host",))
+  choice("augment.place", config.augment.place, ("host", "device"))
   choice("sharding.parameters", config.sharding.parameters, ("replicated", "sharded"))
-  host_augment.check_color(config.augment.color_strength, config.augment.brightness)
+  law.check_color(config.augment.color_strength, config.augment.brightness)
   return mesh
 
 
@@ -54,10 +55,35 @@ def describe(mesh: jax.sharding.Mesh) -> str:
   return f"{mesh.size} x {kind}, {jax.process_count()} process{'es' * (jax.process_count() > 1)}"
 
 
-def source_of(config, split: str) -> sources.Source:
-  """Returns the examples of one split."""
+def source_of(config, split: str):
+  """Returns the examples of one split: a `sources.Source`, or decoded `arrays.Arrays` where they are resident."""
+  source = choice("data.source", config.data.source, ("tfds", "folder", "arrays", "shapes"))
+  if not config.data.resident:
+    return _streamed(config, split)
+  if config.augment.place != "device":
+    raise errors.UserError(
+      "config.data.resident augments on the devices, config.augment.place is 'host'; set it to device."
+    )
+  if source == "arrays":
+    return arrays.decoded(arrays.from_npz(config.data.dir, split))
+  if source == "shapes":
+    return arrays.from_shapes(split, config.data.examples, config.data.image_size, config.seed)
+  held = _streamed(config, split)
+  from simclr_jax.data import sources
+
+  return sources.decoded(held)
+
+
+def _streamed(config, split):
+  if importlib.util.find_spec("tensorflow") is None:
+    raise errors.UserError(
+      f"config.data.source {config.data.source} is read by TensorFlow, which is not installed; install it, or use "
+      "data.resident=true with data.source=arrays (an .npz file) or shapes."
+    )
+  from simclr_jax.data import sources
+
   return sources.load(
-    choice("data.source", config.data.source, ("tfds", "folder", "arrays", "shapes")),
+    config.data.source,
     name=config.data.name,
     split=split,
     data_dir=config.data.dir,
@@ -69,34 +95,24 @@ def source_of(config, split: str) -> sources.Source:
   )
 
 
-def train_rows(config, source, transform, *, batch_size: int, key: str):
-  """Returns first step -> this process's rows of every batch from then on."""
-  if source.num_examples < batch_size:
-    raise errors.UserError(
-      f"{source.num_examples} training images cannot fill a batch of config.{key} = {batch_size}; choose a smaller one."
-    )
-  order = {
-    "batch_size": batch_size,
-    "shards": config.data.shards,
-    "seed": config.seed,
-    "shuffle_window": config.data.shuffle_window,
-    "process_count": jax.process_count(),
-  }
-  pipeline.check(source, **order)
-  return lambda step: pipeline.train_batches(
-    source, transform, start_step=step, process_index=jax.process_index(), **order
-  )
+def check_order(source, **numbers) -> None:
+  """Raises a UserError where batch, shards, seed, window, hosts and the data's size do not fit each other."""
+  order.check(source, process_count=jax.process_count(), **numbers)
 
 
 def evaluation_rows(config, source):
   """Returns a function whose call starts one pass over the split with the reference's centre crop."""
-  return lambda: pipeline.evaluation_batches(
-    source,
-    lambda image, seed: {"image": host_augment.eval_view(image, size=config.data.image_size)},
-    batch_size=config.eval_batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  knobs = {
+    "batch_size": config.eval_batch_size,
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+  if isinstance(source, arrays.Arrays):
+    return lambda: resident.evaluation_batches(source, image_size=config.data.image_size, **knobs)
+  from simclr_jax.data import host_augment, pipeline
+
+  view = lambda content, seed: {"image": host_augment.eval_view(content, size=config.data.image_size)}
+  return lambda: pipeline.evaluation_batches(source, view, **knobs)
 
 
 def projection_head_of(config) -> heads.ProjectionHead:
@@ -159,7 +175,7 @@ def whole_of(config, mesh: jax.sharding.Mesh):
 
 
 def jitted(step_fn, devices: jax.sharding.Mesh, state, /, **constants):
-  """Returns (state, batch) -> (state, metrics): one program for all devices, the batch split, the state donated.
+  """Returns the jitted (state, batch) -> (state, metrics): one program for all devices, the state donated.
 
   `state` is one, or its shapes, placed as the step's is to stay.
   """
@@ -170,6 +186,16 @@ def jitted(step_fn, devices: jax.sharding.Mesh, state, /, **constants):
     out_shardings=(placement, sharding.replicated(devices)),
     donate_argnums=0,
   )
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+  """Returns the first and last step of --profile_steps=10,15; None where there is none."""
+  if not text:
+    return None
+  parts = text.split(",")
+  if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
+    raise errors.UserError(f"--profile_steps={text} is not FIRST,LAST; give two steps, such as 10,15.")
+  return int(parts[0]), int(parts[1])
 
 
 def every(epochs: float, *, examples: int, batch_size: int) -> int:

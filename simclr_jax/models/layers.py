@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax import errors
+from simclr_jax.models import convolution
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
   """Returns the type for statistics and outputs of a network that computes in `dtype`."""
   return jnp.promote_types(dtype, jnp.float32)
+
+
+def _our_convolution():
+  return convolution.convolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Layers:
       use_bias=bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      conv_general_dilated_cls=_our_convolution,
       name=name,
     )
 

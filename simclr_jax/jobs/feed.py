@@ -1,0 +1,170 @@
+"""How training images reach the step: augmented on the host, cropped there and coloured on the device, or resident."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from simclr_jax import errors, loop, sharding
+from simclr_jax.data import arrays, device_augment, law, resident
+from simclr_jax.inference import DTYPES
+from simclr_jax.jobs import setup
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+  """Training images on their way into the step.
+
+  Attributes:
+    mesh: the devices.
+    prepare: batch, or any of its rows -> the same with what the network sees, `views` or `image`; part of the step.
+    batches: first step -> this process's rows of every batch from then on; None where the data is resident.
+    dataset: the data on the devices, where it is resident.
+    batch_of: (dataset, step) -> global batch, where it is resident.
+    most: steps of a dispatch.
+  """
+
+  mesh: jax.sharding.Mesh
+  prepare: Callable[[Batch], Batch]
+  batches: Callable[[int], Iterator[dict[str, Any]]] | None = None
+  dataset: Any = None
+  batch_of: Callable[[Any, jax.Array], Batch] | None = None
+  most: int = 1
+
+  def steps(self, step_fn, state) -> loop.Streamed | loop.Resident:
+    """Returns what the loop runs for a step (state, batch) -> (state, metrics), whose states are placed as `state`."""
+    if self.dataset is None:
+      return loop.Streamed(setup.jitted(step_fn, self.mesh, state), self.batches, self.mesh)
+    replicated = sharding.replicated(self.mesh)
+    placement = jax.tree.map(lambda array: array.sharding, state)
+    jitted = jax.jit(
+      loop.several(step_fn, self.batch_of, self.most),
+      in_shardings=(placement, replicated, replicated),
+      out_shardings=(placement, replicated),
+      donate_argnums=0,
+    )
+    return loop.Resident(jitted, self.dataset, self.mesh, self.most)
+
+  def first(self, count: int) -> Batch:
+    """Returns the first rows of the first batch as the network sees them, on this process's first device."""
+    if self.dataset is None:
+      rows = next(iter(self.batches(0)))
+    else:
+      rows = jax.jit(self.batch_of)(self.dataset, jax.numpy.zeros((), jax.numpy.int32))
+      rows = jax.tree.map(lambda x: x.addressable_shards[0].data, rows)
+    return jax.jit(self.prepare)({name: row[:count] for name, row in rows.items()})
+
+
+def pairs(config, source, mesh: jax.sharding.Mesh) -> Feed:
+  """Returns two augmented views of each image, by the reference's law and the config's knobs."""
+  transform, prepare = law_of_pairs(config)
+  return _feed(config, source, mesh, transform, prepare, batch_size=config.batch_size, key="batch_size")
+
+
+def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
+  """Returns what happens to an image on the host (None where it is resident), and to a batch inside the step."""
+  knobs = config.augment
+  crop = {"size": config.data.image_size, "flip": knobs.flip, "area": (knobs.min_area, knobs.max_area)}
+  color = {
+    "color_strength": knobs.color_strength,
+    "brightness": knobs.brightness,
+    "color_probability": knobs.color_probability,
+    "grayscale_probability": knobs.grayscale_probability,
+    "blur": knobs.blur_probability > 0,
+    "blur_probability": knobs.blur_probability,
+  }
+  on_device = {**color, "dtype": DTYPES[setup.choice("augment.dtype", knobs.dtype, DTYPES)]}
+  keys = functools.partial(_keys, config.seed)
+  if config.data.resident:
+    views = lambda batch: device_augment.two_views(batch["image"], keys(batch), **crop, **on_device)
+    return None, lambda batch: {**batch, "views": views(batch)}
+  if knobs.place == "host":
+    return lambda x, seed: {"views": _host().two_views(x, seed, **crop, **color)}, lambda batch: batch
+  crop["resize"] = setup.choice("augment.resize", knobs.resize, law.RESIZES)
+  views = lambda batch: device_augment.distorted_pairs(batch["views"], keys(batch), **on_device)
+  return lambda x, seed: {"views": _host().two_crops(x, seed, **crop)}, lambda batch: {**batch, "views": views(batch)}
+
+
+def singles(config, source, mesh: jax.sharding.Mesh, *, batch_size: int, min_area: float, key: str) -> Feed:
+  """Returns one crop, flipped or not, of each image: the law of supervised training.
+
+  Args:
+    config: the run's.
+    source: of the images.
+    mesh: the devices.
+    batch_size: of the recipe.
+    min_area: of the crop, as a share of the image.
+    key: of the batch size in the config, for messages.
+  """
+  crop = {"size": config.data.image_size, "flip": config.augment.flip, "area": (min_area, 1.0)}
+  transform, prepare = _single_on_host(config, crop), lambda batch: batch
+  if config.data.resident:
+    view = lambda batch: device_augment.train_view(batch["image"], _keys(config.seed, batch), **crop)
+    transform, prepare = None, lambda batch: {**batch, "image": view(batch)}
+  return _feed(config, source, mesh, transform, prepare, batch_size=batch_size, key=key)
+
+
+def augmented_rows(config, source, number: int) -> Iterator[dict[str, Any]]:
+  """Returns one pass over a split like `setup.evaluation_rows`, but randomly cropped and flipped, anew by number."""
+  crop = {"size": config.data.image_size, "flip": config.augment.flip, "area": (config.linear_eval.min_area, 1.0)}
+  knobs = {
+    "batch_size": config.eval_batch_size,
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+  if isinstance(source, arrays.Arrays):
+    view = lambda images, keys: device_augment.train_view(images, keys, **crop)
+    return resident.augmented_batches(source, view, seed=config.seed, epoch=number, **knobs)
+  from simclr_jax.data import pipeline
+
+  # The seed of a pass is its own: in an evaluation every epoch is number 0.
+  seed = config.seed + number
+  return pipeline.evaluation_batches(source, _single_on_host(config, crop), seed=seed, **knobs)
+
+
+def _single_on_host(config, crop):
+  """Returns the host's transform to one crop."""
+  if config.augment.place == "host":
+    return lambda content, seed: {"image": _host().train_view(content, seed, **crop)}
+  resize = setup.choice("augment.resize", config.augment.resize, law.RESIZES)
+  return lambda content, seed: {"image": _host().train_crop(content, seed, resize=resize, **crop)}
+
+
+def _host():
+  # Imported late: it brings TensorFlow, which a resident run must do without.
+  from simclr_jax.data import host_augment
+
+  return host_augment
+
+
+def _keys(seed, batch):
+  return device_augment.example_keys(seed, batch["epoch"], batch["index"])
+
+
+def _feed(config, source, mesh, transform, prepare, *, batch_size, key) -> Feed:
+  if source.num_examples < batch_size:
+    raise errors.UserError(
+      f"{source.num_examples} training images cannot fill a batch of config.{key} = {batch_size}; choose a smaller one."
+    )
+  numbers = {"batch_size": batch_size, "shards": config.data.shards, "seed": config.seed}
+  setup.check_order(source, shuffle_window=config.data.shuffle_window, **numbers)
+  if isinstance(source, arrays.Arrays):
+    batch_of = functools.partial(resident.batch, mesh=mesh, **numbers)
+    dataset = resident.on_devices(source, mesh)
+    return Feed(mesh, prepare, dataset=dataset, batch_of=batch_of, most=config.data.steps_per_dispatch)
+  from simclr_jax.data import pipeline
+
+  batches = lambda step: pipeline.train_batches(
+    source,
+    transform,
+    start_step=step,
+    shuffle_window=config.data.shuffle_window,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    **numbers,
+  )
+  return Feed(mesh, prepare, batches=batches)

@@ -1,0 +1,84 @@
+"""The input alone, without a network: how fast it is, and what a chip would need of it."""
+
+import contextlib
+import math
+import os
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from simclr_jax import chips, errors
+from simclr_jax.jobs import feed
+
+SECONDS = 10.0
+ROUNDS = 5
+
+
+def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str = "", mfu: str = "") -> dict:
+  """Prints and returns what the input delivers, and the host threads that one chip would need.
+
+  Args:
+    images: the training images.
+    batch_size: of a global batch.
+    flops_per_image: model FLOPs of one image in training.
+    chip: name of the chip to be fed; "" for this machine's, if it is known.
+    mfu: share of its peak that the training is expected to reach; "" for 0.4, what plain Flax reached on TPU v3.
+  """
+  share = _share(mfu or "0.4")
+  target = chips.named(chip) if chip else chips.chip_of(jax.devices()[0])
+  result = {"batch_size": batch_size}
+  if images.dataset is None:
+    threads = os.cpu_count()
+    with contextlib.closing(images.batches(0)) as rows:
+      rate = _rate(lambda: next(rows), batch_size // jax.process_count())
+    result |= {"images_per_second": rate, "threads": threads, "images_per_second_and_thread": rate / threads}
+    lines = [
+      f"Input alone: {rate:,.0f} images/s on this host, {rate / threads:,.1f} a second and thread ({threads} threads)"
+    ]
+  else:
+    step = jax.jit(lambda dataset, number: images.prepare(images.batch_of(dataset, number)))
+    numbers = iter(range(10**9))
+    rate = _rate(lambda: jax.block_until_ready(step(images.dataset, jnp.int32(next(numbers)))), batch_size)
+    result |= {"images_per_second": rate, "threads": 0}
+    lines = [f"Input alone: {rate:,.0f} images/s on {images.mesh.size} devices; resident, no host thread takes part"]
+  if target:
+    needed = share * target.flops / flops_per_image
+    result |= {"chip": target.name, "mfu": share, "chip_images_per_second": needed}
+    giga = f"{flops_per_image / 1e9:,.1f} GFLOP an image"
+    lines.append(f"One {target.name} takes {needed:,.0f} images/s at {share:.0%} of its peak ({giga})")
+    if images.dataset is None:
+      result["threads_for_chip"] = math.ceil(needed / (rate / threads))
+      lines.append(f"Threads like these to feed it: {result['threads_for_chip']:,}")
+  else:
+    lines.append(f"--chip=NAME says how many threads one needs: {', '.join(c.name for c in chips.CHIPS.values())}")
+  print("\n".join(lines), flush=True)
+  return result
+
+
+def _rate(take, images: int) -> float:
+  """Returns images/s, the median of several rounds after a warm-up."""
+  begin = time.perf_counter()
+  take()
+  for _ in range(3):  # What was prepared ahead is gone then.
+    take()
+  once = max((time.perf_counter() - begin) / 4, 1e-4)
+  count = max(2, int(SECONDS / ROUNDS / once))
+  rates = []
+  for _ in range(ROUNDS):
+    begin = time.perf_counter()
+    for _ in range(count):
+      take()
+    rates.append(images * count / (time.perf_counter() - begin))
+  return statistics.median(rates)
+
+
+def _share(text: str) -> float:
+  try:
+    share = float(text)
+  except ValueError:
+    share = 0.0
+  if not 0 < share <= 1:
+    raise errors.UserError(f"--mfu got {text!r}; it wants a share of the peak above 0, at most 1.")
+  return share
