@@ -19,6 +19,7 @@ def get_config():
   c.data.name = ""
   c.data.examples = 6000
   c.data.image_size = 32
+  c.data.resident = True
 
   c.augment.min_area = 0.25
   c.augment.color_strength = 0.2

@@ -26,11 +26,11 @@ JOBS = {
   "finetune": ("profile_steps",),
   "demo": (),
   "plan": ("topology", "devices", "batch_sizes", "mfu"),
-  "bench": ("sizes",),
+  "bench": ("only", "sizes", "data_dir", "rounds", "gpu", "small", "batches", "npz", "epochs", "steps"),
 }
 WITHOUT_CONFIG = ("bench",)
 # Options that are on when they are given without a value.
-SWITCHES = ("profile_input",)
+SWITCHES = ("profile_input", "gpu", "small")
 # What these compute is of no use to a later run, so that they need no folder of its own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
 ROOT = pathlib.Path(__file__).parents[1]

@@ -74,5 +74,6 @@ def named(name: str) -> Chip:
   exact = [chip for chip in found if plain(chip.name) == plain(name)]
   if len(exact or found) != 1:
     known = [chip.name for chip in CHIPS.values()]
-    raise errors.UserError(f"unknown chip {name!r}{errors.nearest(name, known)}; use one of {', '.join(known)}.")
+    hint = errors.nearest(plain(name), [plain(chip) for chip in known])
+    raise errors.UserError(f"unknown chip {name!r}{hint}; use one of {', '.join(known)}.")
   return (exact or found)[0]

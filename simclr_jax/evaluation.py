@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import linear_model, pipeline, preprocessing
 
-from simclr_jax import sharding
+from simclr_jax import errors, sharding
 
 
 def accuracy(
@@ -108,3 +108,42 @@ def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 
     preprocessing.StandardScaler(), linear_model.LogisticRegression(C=regularisation, max_iter=2000)
   )
   return float(probe.fit(train_x, train_y).score(test_x, test_y))
+
+
+def knn_accuracy(
+  train_x, train_y, test_x, test_y, *, k: int, temperature: float, classes: int, block: int = 256
+) -> float:
+  """Returns the held-out accuracy of a weighted nearest-neighbour classifier; Wu et al. 2018, section 3.4.
+
+  The k training features with the largest cosine similarity s vote for their labels with weight exp(s / temperature).
+
+  Args:
+    train_x: f32[N, D].
+    train_y: i32[N].
+    test_x: f32[M, D].
+    test_y: i32[M].
+    k: neighbours, at most N.
+    temperature: of the weights.
+    classes: number of labels.
+    block: test rows that are compared with all training rows at a time.
+  """
+  if not 0 < k <= len(train_x):
+    raise errors.UserError(f"k is {k} and there are {len(train_x)} training features; use 1 to {len(train_x)}.")
+  unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+  keys, labels = unit(jnp.asarray(train_x, jnp.float32)), jnp.asarray(train_y)
+
+  @jax.jit
+  def predicted(keys, labels, x):
+    similarity = jnp.matmul(unit(x), keys.T, precision=jax.lax.Precision.HIGHEST)
+    nearest, index = jax.lax.top_k(similarity, k)
+    # Only ratios count, and exp(1 / temperature) may be too large.
+    weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
+    votes = jnp.einsum("nk,nkc->nc", weights, jax.nn.one_hot(labels[index], classes, dtype=jnp.float32))
+    return jnp.argmax(votes, axis=1)
+
+  right = 0
+  for begin in range(0, len(test_x), block):
+    x, y = np.asarray(test_x[begin : begin + block], np.float32), np.asarray(test_y[begin : begin + block])
+    padded = np.pad(x, ((0, block - len(x)), (0, 0)))
+    right += int(np.sum(np.asarray(predicted(keys, labels, padded))[: len(x)] == y))
+  return right / len(test_x)

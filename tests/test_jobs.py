@@ -19,6 +19,7 @@ from PIL import Image
 import simclr_jax
 from simclr_jax import __main__ as command
 from simclr_jax import checkpoint, errors, telemetry
+from simclr_jax.jobs import input_profile
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -38,6 +39,10 @@ TINY = [
   "--config.finetune.batch_size=16",
   "--config.finetune.total_epochs=0.4",
 ]
+
+# Of a view in TINY's network, by hand; and FLOPs of a pair, with the similarities of 32 views, times three for training.
+MULTIPLY_ADDS = 279_104
+FLOPS_OF_A_PAIR = 3 * (2 * 2 * MULTIPLY_ADDS + 2 * 32**2 * 8 / 16)
 
 
 def job(name, workdir, *more):
@@ -111,6 +116,7 @@ def test_pretraining_leaves_checkpoints_metrics_figures_and_a_result(pretrained)
 def test_a_run_in_micro_batches_with_split_parameters_leaves_an_encoder_like_any_other(tmp_path):
   wide = ["--config.model.width=0.125", "--config.sharding.parameters=sharded", "--config.micro_batches=2"]
   other = ["--config.loss.kind=dcl", "--config.head.online=false", "--config.total_steps=1"]
+  other += ["--config.data.resident=false", "--config.augment.place=host"]
   workdir = job("pretrain", tmp_path, *wide, *other)
   encode, config = simclr_jax.load_encoder(str(workdir))
   assert config.loss.kind == "dcl"
@@ -137,6 +143,33 @@ def test_linear_eval_counts_the_whole_split_once(linear):
   assert result["eval/examples"] == 80
   assert 0 <= result["eval/top1"] <= result["eval/top5"] <= 1
   assert result["eval/top1"] * 80 == pytest.approx(round(result["eval/top1"] * 80))
+
+
+@shares_a_run
+def test_the_features_protocol_trains_a_grid_on_one_pass_and_counts_the_split_once(pretrained, tmp_path):
+  probes = ["batch_size=16", "epochs=3", "learning_rates=0.1,1.0", "weight_decays=0.0,1e-4", "l2_strengths=1e-2"]
+  probes += ["passes=2", "lbfgs_steps=20", "validation_share=0.2"]
+  argv = [f"--config.checkpoint={pretrained}", "--config.linear_eval.protocol=features", f"--workdir={tmp_path}"]
+  assert command.main(["linear_eval", *argv, *(f"--config.probes.{key}" for key in probes)]) == 0
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert result["eval/examples"] == 80
+  assert result["validation/examples"] == 16
+  assert len(result["validation/top1"]) == 4
+  assert (result["learning_rate"], result["l2_strength"]) in ((0.1, 0.01), (1.0, 0.01))
+  for name in ("eval/top1", "eval/lbfgs_top1"):
+    assert result[name] * 80 == pytest.approx(round(result[name] * 80))
+
+
+@shares_a_run
+def test_speed_waits_and_flops_are_in_every_row(pretrained):
+  rows = [row for row in telemetry.read_rows(str(pretrained)) if "train/loss" in row]
+  for row in rows:
+    assert row["speed/images_per_second"] > 0
+    assert 0 <= row["speed/data_wait_share"] <= 1
+    assert 0 <= row["speed/checkpoint_wait_share"] <= 1
+    per_image = row["speed/model_tflop_per_second"] * 1e12 / row["speed/images_per_second"]
+    assert per_image == pytest.approx(FLOPS_OF_A_PAIR, rel=0.01)
+    assert "speed/mfu" not in row  # Nobody knows the peak of this CPU.
 
 
 @shares_a_run
@@ -195,6 +228,36 @@ def test_a_workdir_that_holds_another_run_is_refused(pretrained, capsys):
   assert "total_steps was 6, now is 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_the_input_is_profiled_alone_and_says_what_a_chip_would_need(capsys, monkeypatch, resident):
+  monkeypatch.setattr(input_profile, "SECONDS", 0.1)
+  argv = ["pretrain", *TINY, "--profile_input", "--chip=v5e", "--mfu=0.5", f"--config.data.resident={resident}"]
+  assert command.main(argv) == 0
+  said = capsys.readouterr().out
+  needed = 0.5 * 197e12 / (3 * 2 * 2 * MULTIPLY_ADDS)
+  assert f"One TPU v5e takes {needed:,.0f} images/s at 50% of its peak" in said
+  rate, *threads = (
+    float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) (?:images/s on|a second and)", said)
+  )
+  assert rate > 0
+  if resident == "true":
+    assert "no host thread takes part" in said
+  else:
+    assert threads[0] == pytest.approx(rate / os.cpu_count(), rel=0.02)
+    wanted = int(re.search(r"Threads like these to feed it: ([\d,]+)", said)[1].replace(",", ""))
+    assert wanted == pytest.approx(needed / threads[0], rel=0.1)
+
+
+def test_a_profile_for_an_unknown_chip_is_refused(capsys):
+  assert command.main(["pretrain", *TINY, "--profile_input", "--chip=v5q"]) == 2
+  assert "unknown chip 'v5q'; did you mean \"v5e\"?; use one of" in capsys.readouterr().err
+
+
+def test_steps_to_profile_are_two_numbers(tmp_path, capsys):
+  assert command.main(["pretrain", *TINY, f"--workdir={tmp_path}", "--profile_steps=10"]) == 2
+  assert "--profile_steps=10 is not FIRST,LAST" in capsys.readouterr().err
+
+
 def test_a_flat_folder_without_labels_pretrains_and_its_corrupt_image_is_named(tmp_path, capsys):
   rng = np.random.default_rng(0)
   folder = tmp_path / "images"
@@ -207,6 +270,7 @@ def test_a_flat_folder_without_labels_pretrains_and_its_corrupt_image_is_named(t
     tmp_path / "run",
     "--config.data.source=folder",
     f"--config.data.dir={folder}",
+    "--config.data.resident=false",
     "--config.data.max_bad_share=0.05",
     "--config.total_steps=2",
   )
@@ -219,11 +283,12 @@ def test_a_flat_folder_without_labels_pretrains_and_its_corrupt_image_is_named(t
 @pytest.mark.slow
 def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
   settings = [
-    "--config.total_steps=200",
-    "--config.checkpoint_every_steps=25",
+    "--config.total_steps=300",
+    "--config.checkpoint_every_steps=50",
     "--config.keep_checkpoints=99",
+    "--config.evaluate_every_epochs=0",
+    "--config.data.steps_per_dispatch=5",
   ]
-  settings += ["--config.evaluate_every_epochs=0"]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   assert finish(start(whole, *settings)) == 0
 
@@ -232,19 +297,19 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
   killed.kill()
   killed.communicate()
   reached = max(training_rows(broken))
-  assert 30 <= reached < 200
+  assert 30 <= reached < 300
 
   terminated = start(broken, *settings)
   wait_for_step(terminated, broken, reached + 30)
   terminated.send_signal(signal.SIGTERM)
   assert finish(terminated) == 143
   stopped = max(training_rows(broken))
-  assert reached < stopped < 200
+  assert reached < stopped < 300
   assert checkpoint.find(str(broken)).name == str(stopped)
 
   assert finish(start(broken, *settings)) == 0
   assert training_rows(broken) == training_rows(whole)
-  for step in range(25, 201, 25):
+  for step in range(50, 301, 50):
     ours, theirs = (arrays(folder / "checkpoints" / str(step)) for folder in (broken, whole))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -263,6 +328,7 @@ def wait_for_step(process, workdir, step):
 def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
   # In float64 what differs between the two can only be rounding, so the batches were the same.
   settings = ["--config.total_steps=3", "--config.model.dtype=float64", "--config.model.param_dtype=float64"]
+  settings += ["--config.data.resident=false"]  # So that each process reads its part.
   assert finish(start(tmp_path / "one", *settings, devices=8)) == 0
   with socket.socket() as probe:
     probe.bind(("localhost", 0))

@@ -53,7 +53,8 @@ def test_a_plan_for_tpus_that_are_not_here_says_what_the_compiler_found(planned)
   (one,) = written["plans"]
   assert (one["devices"], one["device_kind"], one["available"], one["fits"]) == (4, "TPU v5 lite", 16 * 2**30, True)
   assert one["needed"] == sum(one["memory"].values())
-  assert one["memory"]["batch"] == 64 // 4 * (2 * 32 * 32 * 3 * 4 + 4 + 4)
+  assert one["memory"]["batch"] == 64 // 4 * (32 * 32 * 3 + 4 + 4 + 4)
+  assert one["memory"]["resident images"] == 50_000 * (32 * 32 * 3 + 4)
   # The steps of the paper's run, at half the peak of four chips.
   assert one["steps"] == 1_281_167 * 1000 // 64 + 1
   assert one["step_seconds_at_peak"] == pytest.approx(one["step_flops"] / (4 * 197e12))

@@ -103,14 +103,13 @@ def decoded(arrays: Arrays) -> Arrays:
   """Returns the split with its images decoded, u8[N, H, W, 3]; they must have one size."""
   if arrays.images.dtype == np.uint8:
     return arrays
-  first = _decode(arrays.images[0])
+  if not len(arrays.images):
+    raise errors.UserError(f"{arrays.name} has no images; write at least one.")
+  first = _decode(arrays, 0)
   images = np.empty((len(arrays.images), *first.shape), np.uint8)
 
   def fill(number):
-    try:
-      image = _decode(arrays.images[number])
-    except OSError as error:
-      raise errors.UserError(f"image {number} of {arrays.name} cannot be decoded ({error}); replace it.") from error
+    image = _decode(arrays, number)
     check_size(image, first, number, arrays.name)
     images[number] = image
 
@@ -129,9 +128,12 @@ def check_size(image: np.ndarray, first: np.ndarray, number: int, name: str) -> 
     )
 
 
-def _decode(encoded: bytes) -> np.ndarray:
-  with Image.open(io.BytesIO(encoded)) as image:
-    return np.asarray(image.convert("RGB"))
+def _decode(arrays, number):
+  try:
+    with Image.open(io.BytesIO(arrays.images[number])) as image:
+      return np.asarray(image.convert("RGB"))
+  except (OSError, Image.DecompressionBombError) as error:
+    raise errors.UserError(f"image {number} of {arrays.name} cannot be decoded ({error}); replace it.") from error
 
 
 def _encoded(arrays, split, name):

@@ -57,11 +57,9 @@ def order(step: jax.Array, *, examples: int, batch_size: int, shards: int, seed:
   sizes, count = np.diff(bounds), batch_size // shards
   parts = jnp.arange(shards, dtype=jnp.int32)[:, None]
   size = jnp.asarray(sizes, jnp.int32)[:, None]
-  position = (
-    step.astype(jnp.int32) * count + jnp.arange(count, dtype=jnp.int32)[None]
-  )  # [shards, count] in the streams.
-  epoch, place = position // size, position % size
-  first = epoch[:, :1]
+  begin = step.astype(jnp.int32) * count
+  position = begin + jnp.arange(count, dtype=jnp.int32)[None]  # [1, count] in the streams.
+  first, epoch, place = begin // size, position // size, position % size
   spanned = int((count - 2 + sizes.min()) // sizes.min()) + 1  # Epochs that one batch may touch.
   key = jax.random.fold_in(jax.random.key(seed), ORDER)
 
@@ -73,7 +71,9 @@ def order(step: jax.Array, *, examples: int, batch_size: int, shards: int, seed:
 
   epochs = first + jnp.arange(spanned, dtype=jnp.int32)[None]  # [shards, spanned]
   permutations = jax.vmap(jax.vmap(permutation, (None, 0)))(parts[:, 0], epochs)  # [shards, spanned, largest part]
-  index = permutations[parts, epoch - first, place] + jnp.asarray(bounds[:-1], jnp.int32)[:, None]
+  # Part by part, so that a device computes the order of its own parts and nothing moves.
+  index = jax.vmap(lambda x, *where: x[where])(permutations, epoch - first, place)
+  index += jnp.asarray(bounds[:-1], jnp.int32)[:, None]
   return index.reshape(-1), epoch.reshape(-1)
 
 

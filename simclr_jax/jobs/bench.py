@@ -1,273 +1,116 @@
-"""bench: time, memory and FLOP/s of the contrastive loss: dense, blockwise and other libraries', by batch size.
+"""bench: how fast the loss, the input and the step are on this machine, as ratios to the alternatives in the same run.
 
-Each is timed on one device, value and gradient with its metrics, D = 128, float32, where its compiled memory fits;
-beyond that the compiled figure alone is shown. lightly's NTXentLoss takes part on a CPU where torch and lightly are
-installed. Needs no --config; --sizes=1024,2048 gives the batch sizes N. Writes DIR/loss_bench.json.
+Needs no --config. Sections, of which --only=loss,step chooses:
+
+  loss      NT-Xent by batch size N (--sizes=1024,2048), time and memory: dense, blockwise, optax's and lightly's
+  input     JPEGs to pairs of views at 224 on the host; --data_dir=DIR has TFDS's imagenet2012 (else images made here)
+  step      a step of ResNet-18 on small images: ours, plain Flax layers, PyTorch
+  resident  what input and augmentation take of a step on data that is on the devices
+
+--gpu measures instead, on one accelerator:
+
+  resnet50  views/s and MFU at 224 in bfloat16 against PyTorch; --data_dir=DIR for real images; --batches=256,128
+  cifar     --npz=FILE: 200 epochs of CIFAR-10 (--epochs, --steps), the wall clock, kNN and linear accuracy
+
+Figures are medians of --rounds=5. PyTorch and lightly take part where they are installed (`pip install -e ".[bench]"`).
+--small tries the --gpu sections on a tiny network, on any machine. Writes DIR/bench.json, and a line to
+results/bench.jsonl of a checkout.
 """
 
-import importlib.util
 import json
-import multiprocessing
 import os
-import pathlib
-import platform
-import statistics
-import subprocess
-import time
-from concurrent import futures
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from etils import epath
 
-from simclr_jax import errors, losses
+from simclr_jax import errors
+from simclr_jax.benchmarks import accelerator, cifar, host_input, loss, measure, resident, step
 
-DIM = 128
-TEMPERATURE = 0.1
-# Of the memory that is available, what a timed loss may take.
-MEMORY_SHARE = 0.6
-# What is expected to take longer than this, by its previous size, is not timed.
-MAX_SECONDS = 400
-# What takes longer than this is run once, without a warm-up.
-SLOW_SECONDS = 30
-REPEATS = 5
+SIZES = "1024,2048,4096,8192,16384,32768,65536"
+SECTIONS = ("loss", "input", "step", "resident")
+GPU_SECTIONS = ("resnet50", "cifar")
+# What stands for the accelerator's batches where the network is a tiny one.
+SMALL_BATCHES = "8"
 
 
-def run(workdir: str, *, sizes: str = "1024,2048,4096,8192,16384,32768,65536") -> dict:
-  """Prints the table and returns what `workdir`/loss_bench.json holds: the machine and a row for each loss and N."""
-  batch_sizes = _parsed(sizes)
-  contestants = {name: _time_compiled(loss_fn) for name, loss_fn in LOSSES.items()}
-  if importlib.util.find_spec("torch") and importlib.util.find_spec("lightly") and jax.default_backend() == "cpu":
-    contestants["lightly"] = _time_in_a_process(time_lightly)
-  result = {**_circumstances(sizes), "rows": []}
-  path = epath.Path(workdir) / "loss_bench.json"
+def run(
+  workdir: str,
+  *,
+  only: str = "",
+  sizes: str = SIZES,
+  data_dir: str = "",
+  rounds: str = str(measure.ROUNDS),
+  gpu: str = "",
+  small: str = "",
+  batches: str = "",
+  npz: str = "",
+  epochs: str = "200",
+  steps: str = "0",
+) -> dict:
+  """Prints the sections and returns what `workdir`/bench.json holds: the circumstances, each section, the headlines."""
+  given = {name: value for name, value in locals().items() if name != "workdir"}
+  known = GPU_SECTIONS if gpu else SECTIONS
+  names = only.split(",") if only else known
+  for name in names:
+    if name not in known:
+      raise errors.UserError(
+        f"--only={only}: no section {name!r}{errors.nearest(name, known)}; use {', '.join(known)}."
+      )
+  for option, path, is_there in (("data_dir", data_dir, os.path.isdir), ("npz", npz, os.path.isfile)):
+    if path and not is_there(path):
+      raise errors.UserError(f"--{option}={path} does not exist; give one that does, or leave it out.")
+  if small and not gpu:
+    raise errors.UserError("--small is for --gpu; the other sections have --rounds, and --sizes for the loss.")
+  count = int(_number("rounds", rounds, least=1))
+  n = loss.parsed(sizes)
+  batch_sizes = _batches(batches or (SMALL_BATCHES if small else accelerator.BATCHES))
+  tiny = {"small": bool(small)}
+  length = {"epochs": _number("epochs", epochs, least=0), "steps": int(_number("steps", steps, least=0))}
+  sections = {
+    "loss": lambda: loss.run(n),
+    "input": lambda: host_input.run(data_dir, count),
+    "step": lambda: step.run(rounds=count),
+    "resident": lambda: resident.run(rounds=count),
+    "resnet50": lambda: accelerator.run(data_dir=data_dir, batches=batch_sizes, rounds=count, **tiny),
+    "cifar": lambda: cifar.run(workdir, npz=npz, **length, **tiny),
+  }
+  result = measure.circumstances(_command(given))
+  machine = f"{result['machine']['cores']} cores of {result['machine']['cpu']}"
+  measure.say(f"{result['device']}, {machine}, jax {result['jax']}, commit {result['commit']}")
+  path = epath.Path(workdir) / "bench.json"
   path.parent.mkdir(parents=True, exist_ok=True)
-  print(_heading(result), flush=True)
-  previous = {}
-  for n in batch_sizes:
-    of_size = {}
-    for name, measure in contestants.items():
-      row = {"n": n, "loss": name, **measure(n, previous.get(name))}
-      if "seconds" in row:
-        row["flop_per_second"] = product_flops(n) / row["seconds"]
-      # A size that was not timed still says how many times larger the next one is.
-      previous[name] = row if "seconds" in row else previous.get(name)
-      of_size[name] = row
-      _add_ratios(row, of_size["dense"])
-      result["rows"].append(row)
-      print(_line(row), flush=True)
+  result |= {"headline": {}, "sections": {}}
+  for name in names:
+    measure.say(f"\n{name}\n")
+    section = sections[name]()
+    result["headline"] |= {name: section.get("headline", {})}
+    result["sections"] |= {name: section}
+    # After each, because what follows may take hours.
     path.write_text(json.dumps(result, indent=2) + "\n")
-  print(f"\n{path}", flush=True)
+  line = measure.record({key: value for key, value in result.items() if key != "sections"})
+  measure.say(f"\n{path}" + (f"\n{line}" if line else ""))
   return result
 
 
-def product_flops(n: int) -> int:
-  """Returns the FLOPs of the matrix products that value and gradient need, elementwise work not counted.
-
-  Three products of 2N x 2N x D for each of the losses here. Dense: the logits, and their gradient times the embeddings
-  from both sides. Blockwise: the logits twice, and the complete coefficients times the embeddings once.
-  """
-  return 3 * 2 * (2 * n) ** 2 * DIM
-
-
-def dense(z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns loss and metrics of `losses.nt_xent` from all logits at once, as its definition reads."""
-  n = z.shape[0]
-  rows = losses.l2_normalized(z).swapaxes(0, 1).reshape(2 * n, DIM)
-  logits = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST) / TEMPERATURE
-  logits = jnp.where(jnp.eye(2 * n, dtype=bool), -jnp.inf, logits)
-  index = jnp.arange(2 * n)
-  positive = (index + n) % (2 * n)
-  # Half the memory of log_softmax, which keeps one more matrix.
-  loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[index, positive])
-  logits = jax.lax.stop_gradient(logits)
-  across = logits[:n, n:]
-  p = jax.nn.softmax(across)
-  return loss, {
-    "contrast_acc": jnp.mean(jnp.argmax(across, axis=1) == index[:n]),
-    "contrast_entropy": -jnp.mean(jnp.sum(p * jnp.log(p + 1e-8), axis=1)),
-    "contrast_top1": jnp.mean(jnp.argmax(logits, axis=1) == positive),
-  }
+def _command(given: dict[str, str]) -> str:
+  """Returns the command line that gives these options."""
+  defaults = run.__kwdefaults__
+  options = [f"--{name}={value}" for name, value in given.items() if value != defaults[name]]
+  options = [option.removesuffix("=true") for option in options]
+  return " ".join(["python -m simclr_jax bench", *options])
 
 
-def blockwise(z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns `losses.nt_xent` and its metrics."""
-  return losses.nt_xent(z, temperature=TEMPERATURE)
-
-
-def optax_ntxent(z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns optax's loss, which has no metrics."""
-  rows = z.reshape(-1, DIM)
-  return optax.losses.ntxent(rows, jnp.arange(len(rows)) // 2, temperature=TEMPERATURE), {}
-
-
-# Dense first, because the others are compared with it.
-LOSSES = {"dense": dense, "blockwise": blockwise, "optax": optax_ntxent}
-
-
-def embeddings(n: int) -> np.ndarray:
-  """Returns f32[N, 2, D] in which the views of an image are alike."""
-  rng = np.random.default_rng(0)
-  return (rng.normal(size=(n, 1, DIM)) + 0.5 * rng.normal(size=(n, 2, DIM))).astype(np.float32)
-
-
-def time_lightly(n: int) -> tuple[list[float], int | None]:
-  """Returns the seconds of each run of lightly's NTXentLoss, and by how many bytes its peak exceeds its inputs.
-
-  The peak is read from Linux's /proc and is None elsewhere.
-  """
-  import torch  # lightly and torch are optional
-  from lightly import loss as lightly_losses
-
-  criterion = lightly_losses.NTXentLoss(temperature=TEMPERATURE)
-  first, second = (torch.tensor(view, requires_grad=True) for view in embeddings(n).swapaxes(0, 1))
-
-  def step():
-    first.grad = second.grad = None
-    criterion(first, second).backward()
-
-  status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
-  if not reset.exists():
-    return timed(step), None
-  # A new process inherits its parent's peak, so that the growth of ru_maxrss would say nothing.
-  reset.write_text("5")
-  before = _kilobytes(status, "VmRSS")
-  seconds = timed(step)
-  return seconds, 1024 * (_kilobytes(status, "VmHWM") - before)
-
-
-def timed(step) -> list[float]:
-  """Returns the seconds of several calls of `step` after a warm-up, or of the first one where it is slow."""
-  seconds = []
-  for _ in range(1 + REPEATS):
-    begin = time.perf_counter()
-    step()
-    seconds.append(time.perf_counter() - begin)
-    if seconds[0] > SLOW_SECONDS:
-      return seconds
-  return seconds[1:]
-
-
-def _time_compiled(loss_fn):
-  """Returns measure(n, previous row) for a loss of z f32[N, 2, D]."""
-
-  def measure(n, previous):
-    shape = jax.ShapeDtypeStruct((n, 2, DIM), jnp.float32)
-    compiled = jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(shape).compile()
-    row = {"temporaries": compiled.memory_analysis().temp_size_in_bytes}
-    reason = _reason_not_to_time(n, row["temporaries"], previous)
-    if reason:
-      return {**row, "not_timed": reason}
-    z = jnp.asarray(embeddings(n))
-    seconds = timed(lambda: jax.block_until_ready(compiled(z)))
-    return {**row, "seconds": statistics.median(seconds), "runs": len(seconds)}
-
-  return measure
-
-
-def _time_in_a_process(function):
-  """Returns measure(n, previous row) for function(n) -> (seconds, peak bytes), which runs in a process of its own."""
-
-  def measure(n, previous):
-    expected = previous.get("temporaries", 0) * (n / previous["n"]) ** 2 if previous else 0
-    reason = _reason_not_to_time(n, expected, previous)
-    if reason:
-      return {"not_timed": reason}
-    # Spawned, because a fork would inherit JAX's threads' locks.
-    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-      try:
-        seconds, peak = pool.submit(function, n).result()
-      except ImportError as error:
-        return {"not_timed": f"not timed: cannot be imported: {error}"}
-      except futures.process.BrokenProcessPool:
-        return {"not_timed": "not timed: its process was killed, probably for its memory"}
-    row = {"seconds": statistics.median(seconds), "runs": len(seconds)}
-    return row if peak is None else {"temporaries": peak, **row}
-
-  return measure
-
-
-def _reason_not_to_time(n, temporaries, previous) -> str:
-  available = _available_memory()
-  if temporaries > MEMORY_SHARE * available:
-    return f"not timed: more than {MEMORY_SHARE:.0%} of the {available / 1e9:.1f} GB that are free"
-  expected = previous["seconds"] * (n / previous["n"]) ** 2 if previous else 0
-  if expected > MAX_SECONDS:
-    return f"not timed: would take about {expected:.0f} s"
-  return ""
-
-
-def _available_memory() -> int:
-  stats = jax.devices()[0].memory_stats()
-  if stats and "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  meminfo = pathlib.Path("/proc/meminfo")
-  if meminfo.exists():
-    return _kilobytes(meminfo, "MemAvailable") * 1024
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _kilobytes(path: pathlib.Path, name: str) -> int:
-  lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
-  return int(lines[name].split()[0])
-
-
-def _parsed(sizes: str) -> list[int]:
-  parts = sizes.split(",")
-  if not all(part.isdecimal() and int(part) > 1 for part in parts):
-    raise errors.UserError(f"--sizes={sizes} is not a list of batch sizes; give numbers from 2, such as 1024,2048.")
-  return sorted(map(int, parts))
-
-
-def _circumstances(sizes: str) -> dict:
-  device = jax.devices()[0]
-  return {
-    "what": "value and gradient of NT-Xent with its metrics, D = 128, float32, one device; temporaries in bytes",
-    "command": f"python -m simclr_jax bench --sizes={sizes}",
-    "commit": _commit(),
-    "device": device.device_kind,
-    "machine": {"cpu": _cpu_model(), "cores": os.cpu_count()},
-    "jax": jax.__version__,
-    "flops_counted": "the matrix products alone, 6 (2N)^2 D for every loss",
-  }
-
-
-def _commit() -> str:
-  root = str(pathlib.Path(__file__).parents[2])
+def _number(option: str, text: str, *, least: float) -> float:
   try:
-    found = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
-  except FileNotFoundError:  # no git here
-    return "unknown"
-  return found.stdout.strip() or "unknown"
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not least <= value < 1e9:
+    raise errors.UserError(f"--{option}={text} is not a number from {least:g}; give one, such as --{option}=5.")
+  return value
 
 
-def _cpu_model() -> str:
-  cpuinfo = pathlib.Path("/proc/cpuinfo")
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-  models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-  return models[0] if models else platform.processor() or platform.machine()
-
-
-def _add_ratios(row: dict, dense_row: dict) -> None:
-  for key in ("seconds", "temporaries"):
-    if key in row and key in dense_row:
-      row[f"{key}_of_dense"] = row[key] / dense_row[key]
-
-
-def _heading(result: dict) -> str:
-  machine = f"{result['device']}, {result['machine']['cores']} cores of {result['machine']['cpu']}"
-  columns = f"{'N':>6}  {'loss':<10}{'time':>10}{'of dense':>10}{'memory':>12}{'of dense':>10}{'GFLOP/s':>9}"
-  return f"{result['what']}\n{machine}, jax {result['jax']}\n\n{columns}"
-
-
-def _line(row: dict) -> str:
-  def shown(key, form, factor=1.0, unit=""):
-    return f"{factor * row[key]:{form}}{unit}" if key in row else "-"
-
-  return (
-    f"{row['n']:>6}  {row['loss']:<10}{shown('seconds', '.3f', unit=' s'):>10}{shown('seconds_of_dense', '.2f'):>10}"
-    f"{shown('temporaries', '.0f', 1e-6, ' MB'):>12}{shown('temporaries_of_dense', '.3f'):>10}"
-    f"{shown('flop_per_second', '.0f', 1e-9):>9}  {row.get('not_timed', '')}"
-  ).rstrip()
+def _batches(text: str) -> list[int]:
+  parts = text.split(",")
+  if not all(part.isdecimal() and int(part) > 1 for part in parts):
+    raise errors.UserError(f"--batches={text} is not a list of batch sizes; give numbers from 2, such as 256,128.")
+  return [int(part) for part in parts]

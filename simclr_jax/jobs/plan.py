@@ -142,6 +142,9 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
       needed += cost.bytes_per_device((state, batch))
   else:
     memory = _memory_of(compiled.memory_analysis(), state, batch)
+    if config.data.resident:
+      # As they are stored; of a data set that is not here, as the network sees them.
+      memory["resident images"] = examples * (3 * config.data.image_size**2 + 4)
     needed = sum(memory.values())
     exchanged = _exchanged(cost.collectives(compiled.as_text(), mesh.size))
   forward = pretrain.forward_flops(config, model, state)

@@ -19,14 +19,21 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 LARGE_PARTS, SMALL_PARTS, FEW_PLACES = 8, 32, 8 * 8 + 1
 
 
-def convolve(images: jax.Array, kernel: jax.Array, strides, padding, *, precision=None, **rest) -> jax.Array:
+def convolve(images: jax.Array, kernel: jax.Array, strides, padding, **rest) -> jax.Array:
   """Returns f[N, H', W', O] of images f[N, H, W, I] and a kernel f[h, w, I, O].
 
   Takes the arguments that Linen's `Conv` gives to `jax.lax.conv_general_dilated`; dilation and groups are plain.
   """
-  plain = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
-  if precision is not None or any(rest.get(name, value) != value for name, value in plain.items()):
-    raise NotImplementedError(f"a convolution with {rest}, precision {precision}")
+  plain = {
+    "lhs_dilation": (1, 1),
+    "rhs_dilation": (1, 1),
+    "dimension_numbers": jax.lax.conv_dimension_numbers(images.shape, kernel.shape, NUMBERS),
+    "feature_group_count": 1,
+    "precision": None,
+  }
+  other = {name: value for name, value in rest.items() if name not in plain or value != plain[name]}
+  if other:
+    raise NotImplementedError(f"a convolution with {other}")
   return _convolve(images, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 

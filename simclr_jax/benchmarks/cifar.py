@@ -1,0 +1,116 @@
+"""cifar: ResNet-18 on resident CIFAR-10 from the first step to kNN and linear accuracy, by the clock."""
+
+import datetime
+import time
+
+import jax
+from etils import epath
+
+from simclr_jax import evaluation, inference
+from simclr_jax.benchmarks import measure, step
+from simclr_jax.jobs import feature_eval, pretrain, setup
+
+NEIGHBOURS, TEMPERATURE = 200, 0.1
+# lightly's own figures for 200 epochs with batches of 512, from its documentation.
+PUBLISHED = {"minutes": 87.1, "knn_top1": 0.848}
+OVERRIDES = {
+  "data.source": "arrays",
+  "data.resident": "true",
+  "model.dtype": "bfloat16",
+  "augment.dtype": "bfloat16",
+  "evaluate_every_epochs": "0",
+  "checkpoint_every_epochs": "50",
+}
+SMALL = {
+  "data.source": "shapes",
+  "data.examples": "96",
+  "data.image_size": "16",
+  "batch_size": "16",
+  "eval_batch_size": "32",
+  "model.dtype": "float32",
+  "augment.dtype": "float32",
+  "model.depth": "10",
+  "model.width": "0.0625",
+  "head.out_dim": "8",
+  "probes.learning_rates": "0.1",
+  "probes.weight_decays": "0.0",
+  "probes.l2_strengths": "1e-2",
+  "probes.epochs": "1",
+  "probes.batch_size": "16",
+  "probes.lbfgs_steps": "20",
+}
+
+
+def run(workdir: str, *, npz: str, epochs: float, steps: int, small: bool) -> dict:
+  """Prints and returns wall clock and accuracies of a run of its own in `workdir`.
+
+  Args:
+    workdir: where the run gets a folder.
+    npz: CIFAR-10 in one file, see `arrays.from_mapping`; "" leaves this out, unless `small`.
+    epochs: of pretraining.
+    steps: above 0, in place of epochs.
+    small: whether a tiny network on the built-in shapes stands for it, to try the command itself.
+  """
+  if not npz and not small:
+    reason = "cifar is left out: no --npz=FILE with CIFAR-10's train and test images"
+    measure.say(reason)
+    return {"left_out": reason}
+  overrides = {**OVERRIDES, "total_epochs": str(epochs), "total_steps": str(steps), "data.dir": npz}
+  # Of its own, because a run that is there already would go on and take no time.
+  folder = epath.Path(workdir) / f"cifar_{datetime.datetime.now():%Y%m%dT%H%M%S}"
+  result = measure.alone(train_and_evaluate, {**overrides, **(SMALL if small else {})}, str(folder))
+  minutes = result["seconds"]["pretrain"] / 60
+  measure.say(
+    f"{PUBLISHED['minutes'] / minutes:.1f} times as fast as lightly's published 200 epochs, if this had as many: "
+    f"{minutes:.1f} minutes for {result['epochs']:g} epochs on one {result['device']}; kNN "
+    f"{result['knn_top1']:.2%} (lightly {PUBLISHED['knn_top1']:.1%}), linear {result['linear_top1']:.2%}, logistic "
+    f"regression {result['lbfgs_top1']:.2%}"
+  )
+  accuracies = {key: result[key] for key in ("knn_top1", "linear_top1", "lbfgs_top1", "epochs", "device")}
+  return {**result, "published": PUBLISHED, "headline": {"pretrain_minutes": minutes, **accuracies}}
+
+
+def train_and_evaluate(overrides: dict[str, str], workdir: str) -> dict:
+  """Returns seconds and held-out accuracies of pretraining, kNN and linear evaluation.
+
+  Args:
+    overrides: of configs/cifar10.py.
+    workdir: of the runs.
+  """
+  config = step.config_of(overrides)
+  folder = epath.Path(workdir)
+  seconds = {}
+  begin = time.monotonic()
+  pretrain.run(config, str(folder / "pretrain"))
+  seconds["pretrain"] = time.monotonic() - begin
+  config.checkpoint = str(folder / "pretrain")
+
+  begin = time.monotonic()
+  train, held_out = (setup.source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
+  encode, _ = inference.load_encoder(config.checkpoint)
+  accuracy = evaluation.knn_accuracy(
+    encode(train.images),
+    train.labels,
+    encode(held_out.images),
+    held_out.labels,
+    k=min(NEIGHBOURS, train.num_examples),
+    temperature=TEMPERATURE,
+    classes=train.num_classes,
+  )
+  seconds["knn"] = time.monotonic() - begin
+  begin = time.monotonic()
+  linear = feature_eval.run(config, str(folder / "linear"))
+  seconds["linear"] = time.monotonic() - begin
+  # The whole run by `total_steps` where that is given.
+  steps = pretrain.parts_of(config, examples=train.num_examples, classes=0)[3]
+  return {
+    "seconds": seconds,
+    "knn_top1": accuracy,
+    "linear_top1": linear["eval/top1"],
+    "lbfgs_top1": linear["eval/lbfgs_top1"],
+    "epochs": steps * config.batch_size / train.num_examples,
+    "steps": steps,
+    "data": train.name,
+    "device": jax.devices()[0].device_kind,
+    "overrides": overrides,
+  }
