@@ -1,6 +1,5 @@
 """The input alone, without a network: how fast it is, and what a chip would need of it."""
 
-import contextlib
 import math
 import os
 import statistics
@@ -31,8 +30,8 @@ def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str
   result = {"batch_size": batch_size}
   if images.dataset is None:
     threads = os.cpu_count()
-    with contextlib.closing(images.batches(0)) as rows:
-      rate = _rate(lambda: next(rows), batch_size // jax.process_count())
+    rows = images.batches(0)
+    rate = _rate(lambda: next(rows), batch_size // jax.process_count())
     result |= {"images_per_second": rate, "threads": threads, "images_per_second_and_thread": rate / threads}
     lines = [
       f"Input alone: {rate:,.0f} images/s on this host, {rate / threads:,.1f} a second and thread ({threads} threads)"
@@ -42,12 +41,12 @@ def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str
     numbers = iter(range(10**9))
     rate = _rate(lambda: jax.block_until_ready(step(images.dataset, jnp.int32(next(numbers)))), batch_size)
     result |= {"images_per_second": rate, "threads": 0}
-    lines = [f"Input alone: {rate:,.0f} images/s on {images.mesh.size} devices; resident, no host thread takes part"]
+    lines = [f"Input alone: {rate:,.0f} pairs/s on {images.mesh.size} devices; resident, no host thread takes part"]
   if target:
     needed = share * target.flops / flops_per_image
     result |= {"chip": target.name, "mfu": share, "chip_images_per_second": needed}
-    giga = f"{flops_per_image / 1e9:,.1f} GFLOP an image"
-    lines.append(f"One {target.name} takes {needed:,.0f} images/s at {share:.0%} of its peak ({giga})")
+    giga = f"{flops_per_image / 1e9:,.1f} GFLOP a pair"
+    lines.append(f"One {target.name} takes {needed:,.0f} pairs/s at {share:.0%} of its peak ({giga})")
     if images.dataset is None:
       result["threads_for_chip"] = math.ceil(needed / (rate / threads))
       lines.append(f"Threads like these to feed it: {result['threads_for_chip']:,}")
