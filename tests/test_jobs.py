@@ -235,9 +235,9 @@ def test_the_input_is_profiled_alone_and_says_what_a_chip_would_need(capsys, mon
   assert command.main(argv) == 0
   said = capsys.readouterr().out
   needed = 0.5 * 197e12 / (3 * 2 * 2 * MULTIPLY_ADDS)
-  assert f"One TPU v5e takes {needed:,.0f} images/s at 50% of its peak" in said
+  assert f"One TPU v5e takes {needed:,.0f} pairs/s at 50% of its peak" in said
   rate, *threads = (
-    float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) (?:images/s on|a second and)", said)
+    float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) pairs/s (?:on|and)", said)
   )
   assert rate > 0
   if resident == "true":

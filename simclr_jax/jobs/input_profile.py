@@ -33,9 +33,8 @@ def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str
     rows = images.batches(0)
     rate = _rate(lambda: next(rows), batch_size // jax.process_count())
     result |= {"images_per_second": rate, "threads": threads, "images_per_second_and_thread": rate / threads}
-    lines = [
-      f"Input alone: {rate:,.0f} images/s on this host, {rate / threads:,.1f} a second and thread ({threads} threads)"
-    ]
+    each = f"{rate / threads:,.1f} pairs/s and thread ({threads} threads)"
+    lines = [f"Input alone: {rate:,.0f} pairs/s on this host, {each}"]
   else:
     step = jax.jit(lambda dataset, number: images.prepare(images.batch_of(dataset, number)))
     numbers = iter(range(10**9))
@@ -57,7 +56,7 @@ def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str
 
 
 def _rate(take, images: int) -> float:
-  """Returns images/s, the median of several rounds after a warm-up."""
+  """Returns pairs/s, the median of several rounds after a warm-up."""
   begin = time.perf_counter()
   take()
   for _ in range(3):  # What was prepared ahead is gone then.
