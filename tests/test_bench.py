@@ -1,6 +1,9 @@
 """The bench job: its oracles, its figures, its record, and what it does about what it cannot time."""
 
+import contextlib
+import functools
 import json
+import os
 import sys
 
 import jax
@@ -10,8 +13,9 @@ import pytest
 from hidden import hide
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors
+from simclr_jax import errors, sharding
 from simclr_jax.benchmarks import accelerator, cifar, host_input, loss, measure, plain, resident, step
+from simclr_jax.data import device_augment
 from simclr_jax.jobs import bench
 from simclr_jax.models import heads, resnet, simclr
 
@@ -57,10 +61,21 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def short(monkeypatch):
-  """Leaves one block of the network, which compiles quickly, and no process of its own."""
+  """Leaves what compiles quickly: one block, one device, no augmentation; and everything in this process."""
   for table in (resnet.BLOCKS, resnet.BASIC_BLOCKS):
     monkeypatch.setitem(table, 10, (1,))
-  monkeypatch.setattr(measure, "alone", lambda function, *args, environment=None: function(*args))
+  data_mesh = sharding.data_mesh
+  monkeypatch.setattr(sharding, "data_mesh", lambda devices=None: data_mesh(devices or jax.devices()[:1]))
+  twice = lambda images, keys, **_: jnp.stack([images, images], axis=1) / 255
+  monkeypatch.setattr(device_augment, "two_views", twice)
+  monkeypatch.setattr(accelerator, "SMALL_VARIANTS", (("views", "none"),))
+  monkeypatch.setattr(measure, "in_a_process", here)
+
+
+@contextlib.contextmanager
+def here(make, *args, environment=None):
+  """Yields what `measure.in_a_process` does, without one."""
+  yield make(*args)
 
 
 @pytest.fixture
@@ -219,6 +234,14 @@ def test_contestants_take_turns_and_the_first_round_does_not_count():
   assert measure.medians(found) == {"a": 5.0, "b": 6.0}
 
 
+def test_a_process_of_its_own_keeps_what_it_made_and_has_its_own_environment(monkeypatch):
+  monkeypatch.delenv("OF_THE_CHILD", raising=False)
+  with measure.in_a_process(functools.partial, os.getenv, environment={"OF_THE_CHILD": "1"}) as call:
+    assert call("OF_THE_CHILD") == "1"
+    assert call("OF_THE_CHILD") == "1"
+  assert "OF_THE_CHILD" not in os.environ
+
+
 def test_outside_of_a_checkout_nothing_is_recorded(checkout):
   (checkout / "pyproject.toml").unlink()
   assert measure.record({"commit": "?"}) is None
@@ -294,10 +317,15 @@ def test_the_share_of_resident_input_is_measured(short):
   assert result["share"] == result["seconds"]["input"] / result["seconds"]["step"]
 
 
-@pytest.mark.slow
 def test_the_input_is_measured_on_images_made_here(monkeypatch, capsys):
-  monkeypatch.setattr(host_input, "SIZE", 32)
+  monkeypatch.setattr(measure, "in_a_process", here)
+  pinned = []
+  monkeypatch.setattr(os, "sched_setaffinity", lambda pid, processors: pinned.append(processors), raising=False)
+  for name, value in {"SIZE": 32, "MADE": 8, "MADE_SHAPE": (60, 80), "BATCH": 4, "WARM_UP": 1, "FEWEST": 1}.items():
+    monkeypatch.setattr(host_input, name, value)
   result = host_input.run("", rounds=1, seconds=0.01)
+  # Of the two, the process for what determinism costs has all processors.
+  assert [len(processors) for processors in pinned] == [1]
   assert result["rates"].keys() == host_input.WHAT.keys()
   assert result["ratios"]["decode"]["of_decode"] == 1
   assert 0 < result["bilinear_error"]["mean"] < result["bilinear_error"]["max"] < 256
@@ -318,7 +346,7 @@ def test_the_accelerators_command_runs_in_a_small_form(short, tmp_path, monkeypa
   assert command.main(["bench", *options, f"--workdir={tmp_path}"]) == 0
   sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
   rows = sections["resnet50"]["rows"]
-  assert [row["input"] for row in rows] == ["views", "pairs"]
+  assert [(row["input"], row["remat"]) for row in rows] == [("views", "none")]
   for row in rows:
     np.testing.assert_allclose(row["views_per_second"] * row["seconds"], 2 * row["batch"])
   assert "PyTorch is left out" in sections["resnet50"]["left_out"]

@@ -73,8 +73,8 @@ def test_another_seed_epoch_or_part_gives_another_order():
 
 def test_the_order_of_a_step_is_the_same_whether_or_not_others_were_before_it():
   knobs = {"examples": 37, "batch_size": 8, "shards": 4, "seed": 9}
-  index, epoch = orders(np.arange(40), **knobs)
-  alone = resident.order(jnp.int32(17), **knobs)
+  index, epoch = orders(np.arange(22), **knobs)
+  alone = jax.jit(lambda: resident.order(jnp.int32(17), **knobs))()
   np.testing.assert_array_equal(alone[0], index[17])
   np.testing.assert_array_equal(alone[1], epoch[17])
 
@@ -96,31 +96,22 @@ def test_every_example_comes_at_every_place_equally_often_whatever_the_last_epoc
 
 @pytest.mark.parametrize(("batch_size", "shards"), [(16, 4), (48, 16)])
 def test_a_batch_is_made_on_the_devices_that_take_it_and_is_that_of_one_device(batch_size, shards):
-  split = split_of(37)
-
-  def batch_on(devices):
-    mesh = sharding.data_mesh(jax.devices()[:devices])
-    dataset = resident.on_devices(split, mesh)
-    assert dataset["image"].dtype == jnp.uint8
-    assert all(leaf.sharding.is_fully_replicated for leaf in dataset.values())
-    batch = jax.jit(functools.partial(resident.batch, batch_size=batch_size, shards=shards, seed=4, mesh=mesh))
-    step = jax.device_put(np.int32(11), sharding.replicated(mesh))
-    return mesh, batch.lower(dataset, step).compile(), dataset, step
-
-  mesh, program, dataset, step = batch_on(8)
-  ours = program(dataset, step)
-  assert cost.collectives(program.as_text(), 8) == []
-  assert all(leaf.sharding.is_equivalent_to(sharding.batched(mesh), leaf.ndim) for leaf in ours.values())
-  _, program, dataset, step = batch_on(1)
-  theirs = program(dataset, step)
-  for name, dtype in {"image": np.uint8, "label": np.int32, "index": np.int32, "epoch": np.int32}.items():
-    assert ours[name].dtype == dtype
-    np.testing.assert_array_equal(ours[name], theirs[name])
-  (index,), (epoch,) = orders([11], examples=37, batch_size=batch_size, shards=shards, seed=4)
-  np.testing.assert_array_equal(ours["index"], index)
-  np.testing.assert_array_equal(ours["epoch"], epoch)
-  np.testing.assert_array_equal(ours["image"], split.images[index])
-  np.testing.assert_array_equal(ours["label"], index % 7)
+  split, mesh = split_of(37), sharding.data_mesh()
+  dataset = resident.on_devices(split, mesh)
+  assert dataset["image"].dtype == jnp.uint8
+  assert all(leaf.sharding.is_fully_replicated for leaf in dataset.values())
+  batch = jax.jit(functools.partial(resident.batch, batch_size=batch_size, shards=shards, seed=4, mesh=mesh))
+  step = jax.device_put(np.int32(11), sharding.replicated(mesh))
+  program = batch.lower(dataset, step).compile()
+  assert cost.collectives(program.as_text(), mesh.size) == []
+  rows = program(dataset, step)
+  assert all(leaf.sharding.is_equivalent_to(sharding.batched(mesh), leaf.ndim) for leaf in rows.values())
+  (index,), (epoch,) = orders([11], examples=37, batch_size=batch_size, shards=shards, seed=4)  # On one device.
+  wanted = {"image": split.images[index], "label": np.int32(index % 7), "index": index, "epoch": epoch}
+  assert rows.keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert rows[name].dtype == value.dtype
+    np.testing.assert_array_equal(rows[name], value)
 
 
 # (side of the images, of the network, largest difference): images that are taken as they are, and the crop.
@@ -284,53 +275,43 @@ for command in sys.argv[1].split("\\n"):
 """
 
 
-def test_resident_arrays_are_pretrained_on_and_probed_without_tensorflow_and_streamed_ones_get_one_line(tmp_path):
-  images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
-  named = encoded(images) | {"train_labels": np.arange(40) % 2}
-  named |= {name.replace("train", "test"): array for name, array in named.items()}
-  np.savez(tmp_path / "data.npz", **named)
-  tiny = [
-    f"--config={ROOT}/configs/cifar10.py",
-    "--config.data.source=arrays",
-    f"--config.data.dir={tmp_path}/data.npz",
-    "--config.data.image_size=16",
-    "--config.model.depth=10",
-    "--config.model.width=0.0625",
-    "--config.model.small_images=false",
-    "--config.head.layers=1",
-    "--config.head.out_dim=8",
-    "--config.batch_size=16",
-    "--config.eval_batch_size=40",
-    "--config.total_steps=2",
-    "--config.log_every_steps=1",
-  ]
+@pytest.mark.slow
+def test_resident_arrays_are_pretrained_on_without_tensorflow_and_streamed_ones_get_one_line(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+  np.savez(tmp_path / "data.npz", **encoded(images))
+  knobs = {
+    "data.source": "arrays",
+    "data.dir": tmp_path / "data.npz",
+    "data.eval_split": "",
+    "data.image_size": 16,
+    "model.depth": 10,
+    "model.width": 0.0625,
+    "model.small_images": False,
+    "head.layers": 1,
+    "head.out_dim": 8,
+    "head.online": False,
+    "batch_size": 16,
+    "eval_batch_size": 16,
+    "total_steps": 2,
+    "log_every_steps": 1,
+  }
+  tiny = [f"--config={ROOT}/configs/cifar10.py", *(f"--config.{key}={value}" for key, value in knobs.items())]
   commands = [
-    ["pretrain", *tiny, "--config.data.resident=false", f"--workdir={tmp_path}/streamed"],
-    ["pretrain", *tiny, "--config.data.resident=true", f"--workdir={tmp_path}/run"],
-    [
-      "linear_eval",
-      f"--config.checkpoint={tmp_path}/run",
-      "--config.linear_eval.protocol=features",
-      "--config.probes.epochs=1",
-      "--config.probes.batch_size=16",
-      "--config.probes.learning_rates=0.1",
-      "--config.probes.weight_decays=0.0",
-      "--config.probes.l2_strengths=1e-2",
-      "--config.probes.lbfgs_steps=3",
-      f"--workdir={tmp_path}/probed",
-    ],
+    " ".join(["pretrain", *tiny, f"--config.data.resident={resident}", f"--workdir={tmp_path}/{resident}"])
+    for resident in ("false", "true")
   ]
+  devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   done = subprocess.run(
-    [sys.executable, "-c", WITHOUT_TENSORFLOW, "\n".join(map(" ".join, commands))],
+    [sys.executable, "-c", WITHOUT_TENSORFLOW, "\n".join(commands)],
     cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+    env={**os.environ, **devices},
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=600,
   )
-  assert done.stdout.split("\n")[:3] == ["exit code 2", "exit code 0", "exit code 0"], done.stderr
+  assert re.findall("exit code (.*)", done.stdout) == ["2", "0"], done.stderr
   line = r"simclr_jax: config.data.source arrays is read by TensorFlow, which is not installed; .*data.resident=true"
   assert len(re.findall(line, done.stderr)) == 1
-  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert "Traceback" not in done.stderr
+  rows = [json.loads(line) for line in (tmp_path / "true" / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
-  assert (tmp_path / "probed" / "result.json").is_file()
