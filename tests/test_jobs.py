@@ -250,7 +250,7 @@ def test_the_input_is_profiled_alone_and_says_what_a_chip_would_need(capsys, mon
 
 def test_a_profile_for_an_unknown_chip_is_refused(capsys):
   assert command.main(["pretrain", *TINY, "--profile_input", "--chip=v5q"]) == 2
-  assert "unknown chip 'v5q'; did you mean \"v5e\"?; use one of" in capsys.readouterr().err
+  assert "unknown chip 'v5q'; did you mean \"v5p\"?; use one of" in capsys.readouterr().err
 
 
 def test_steps_to_profile_are_two_numbers(tmp_path, capsys):

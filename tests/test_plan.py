@@ -53,8 +53,7 @@ def test_a_plan_for_tpus_that_are_not_here_says_what_the_compiler_found(planned)
   (one,) = written["plans"]
   assert (one["devices"], one["device_kind"], one["available"], one["fits"]) == (4, "TPU v5 lite", 16 * 2**30, True)
   assert one["needed"] == sum(one["memory"].values())
-  assert one["memory"]["batch"] == 64 // 4 * (32 * 32 * 3 + 4 + 4 + 4)
-  assert one["memory"]["resident images"] == 50_000 * (32 * 32 * 3 + 4)
+  assert one["memory"]["batch"] == 64 // 4 * (2 * 32 * 32 * 3 + 4 + 4 + 4)  # uint8 pairs, label, index, epoch
   # The steps of the paper's run, at half the peak of four chips.
   assert one["steps"] == 1_281_167 * 1000 // 64 + 1
   assert one["step_seconds_at_peak"] == pytest.approx(one["step_flops"] / (4 * 197e12))
@@ -79,7 +78,11 @@ def test_what_does_not_fit_is_said_plainly_with_what_to_change(planned):
 def test_a_sweep_on_this_machine_has_a_plan_of_each_batch_size_and_touches_no_device(planned):
   before = {id(array) for array in jax.live_arrays()}
   written, text = planned(
-    "--batch_sizes=16,32", "--devices=1", "--config.model.width=0.0625", "--config.head.online=false"
+    "--batch_sizes=16,32",
+    "--devices=1",
+    "--config.model.width=0.0625",
+    "--config.head.online=false",
+    "--config.data.resident=true",
   )
   assert {id(array) for array in jax.live_arrays()} <= before
   one, two = written["plans"]
@@ -89,6 +92,7 @@ def test_a_sweep_on_this_machine_has_a_plan_of_each_batch_size_and_touches_no_de
   assert one["available"] is one["hours"] is None
   assert one["fits"]
   assert two["memory"]["batch"] == 2 * one["memory"]["batch"]
+  assert one["memory"]["resident images"] == 1_281_167 * (32 * 32 * 3 + 4)
   assert two["memory"]["parameters"] == one["memory"]["parameters"]
   loss = lambda p: 3 * 2 * (2 * p["batch_size"]) ** 2 * 32
   assert (two["step_flops"] - loss(two)) == 2 * (one["step_flops"] - loss(one))

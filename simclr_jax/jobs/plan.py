@@ -269,6 +269,9 @@ def _devices(topology: str):
 def _split_of(config) -> tuple[int, int]:
   """Returns images and classes of the training split: the data's own where it is at hand."""
   known = KNOWN_SPLITS.get((config.data.name, config.data.train_split)) if config.data.source == "tfds" else None
+  if config.data.source in ("tfds", "folder"):
+    config = config.copy_and_resolve_references()
+    config.data.resident = False  # To count the images none need be decoded.
   try:
     source = setup.source_of(config, config.data.train_split)
   except errors.UserError:
