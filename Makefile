@@ -18,7 +18,8 @@ lint:
 	  echo shellcheck; shellcheck --external-sources launch/*.sh launch/slurm.sbatch scripts/*.sh; \
 	else echo "lint: no shellcheck on this kind of machine; the shell scripts were not checked."; fi
 
-# The losses' time and memory; `pip install -e ".[bench]"` adds lightly's to the table.
+# Loss, input and step against the alternatives; `.venv/bin/pip install -e ".[bench]"` brings PyTorch and lightly.
+# BENCH_ARGS="--only=step --rounds=3" for a part of it.
 bench:
 	@sh scripts/setup.sh
-	.venv/bin/python -m simclr_jax bench --workdir=runs/bench
+	.venv/bin/python -m simclr_jax bench --workdir=runs/bench $(BENCH_ARGS)
