@@ -75,8 +75,8 @@ def main(argv: list[str]) -> int:
     workdir = flags.get("workdir") or DEFAULT_WORKDIR.get("plan" if "profile_input" in flags else name)
     if not workdir:
       raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
-    if "topology" in flags:
-      # The devices are described ones: those of this machine, if any, are left alone.
+    if "topology" in flags or "gpu" in flags:
+      # The devices are described ones, or those of processes of their own: this one leaves them alone.
       jax.config.update("jax_platforms", "cpu")
     _join(flags)
     telemetry.set_up_logging()

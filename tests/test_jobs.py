@@ -40,7 +40,7 @@ TINY = [
   "--config.finetune.total_epochs=0.4",
 ]
 
-# Of a view in TINY's network, by hand; and FLOPs of a pair, with the similarities of 32 views, times three for training.
+# Of a view in TINY's network, by hand; and FLOPs of a pair, with the similarities of 32 views, three times in training.
 MULTIPLY_ADDS = 279_104
 FLOPS_OF_A_PAIR = 3 * (2 * 2 * MULTIPLY_ADDS + 2 * 32**2 * 8 / 16)
 
@@ -236,9 +236,7 @@ def test_the_input_is_profiled_alone_and_says_what_a_chip_would_need(capsys, mon
   said = capsys.readouterr().out
   needed = 0.5 * 197e12 / (3 * 2 * 2 * MULTIPLY_ADDS)
   assert f"One TPU v5e takes {needed:,.0f} pairs/s at 50% of its peak" in said
-  rate, *threads = (
-    float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) pairs/s (?:on|and)", said)
-  )
+  rate, *threads = (float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) pairs/s (?:on|and)", said))
   assert rate > 0
   if resident == "true":
     assert "no host thread takes part" in said

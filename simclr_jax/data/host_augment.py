@@ -270,7 +270,7 @@ def _covering(content, seeds, area, aspect):
 def _uint8_crop(image, box, coin, size, flip, resize):
   """Returns a crop of u8[H, W, 3] resized to u8[size, size, 3], mirrored if there is a flip and `coin` is below 0.5."""
   y, x, height, width = tf.unstack(box)
-  # The same numbers from uint8 take twice as long: the op converts each pixel again for every pixel that it makes of it.
+  # The same numbers from uint8 take twice as long: the op converts each pixel again for every one that it makes.
   crop = tf.cast(tf.slice(image, [y, x, 0], [height, width, 3]), tf.float32)
   view = RESIZES[resize](images=crop[None], size=[size, size], half_pixel_centers=True)[0]
   view = _rounded(view)

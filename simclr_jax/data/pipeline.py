@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from simclr_jax.data import order, sources
+from simclr_jax.data import allocator, order, sources
+
+allocator.keep_freed_memory()
 
 NO_CONVERSION = tf.autograph.experimental.do_not_convert
 

@@ -13,8 +13,8 @@ Needs no --config. Sections, of which --only=loss,step chooses:
   cifar     --npz=FILE: 200 epochs of CIFAR-10 (--epochs, --steps), the wall clock, kNN and linear accuracy
 
 Figures are medians of --rounds=5. PyTorch and lightly take part where they are installed (`pip install -e ".[bench]"`).
---small tries the --gpu sections on a tiny network, on any machine. Writes DIR/bench.json, and a line to
-results/bench.jsonl of a checkout.
+--small tries the --gpu sections on a tiny network, on any machine, and is not recorded. Writes DIR/bench.json, and a
+line to results/bench.jsonl of a checkout.
 """
 
 import json
@@ -86,7 +86,8 @@ def run(
     result["sections"] |= {name: section}
     # After each, because what follows may take hours.
     path.write_text(json.dumps(result, indent=2) + "\n")
-  line = measure.record({key: value for key, value in result.items() if key != "sections"})
+  # What was only tried is no result.
+  line = None if small else measure.record({key: value for key, value in result.items() if key != "sections"})
   measure.say(f"\n{path}" + (f"\n{line}" if line else ""))
   return result
 
