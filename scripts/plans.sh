@@ -7,7 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 plan() {
   local name=$1
   shift
-  .venv/bin/python -m simclr_jax plan "$@" --workdir="results/plans/$name"
+  # As they were first made: with views that come ready from the host.
+  .venv/bin/python -m simclr_jax plan "$@" --config.augment.place=host --workdir="results/plans/$name"
 }
 
 r152x3sk=(--config=configs/imagenet.py:v2 --config.model.depth=152 --config.model.width=3 --config.model.sk_ratio=0.0625)

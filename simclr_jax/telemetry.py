@@ -16,7 +16,12 @@ from tqdm import auto as tqdm
 from simclr_jax import chips
 
 # What a progress bar shows of every run.
-SPEED = {"speed/images_per_second": "images/s", "speed/data_wait_share": "data wait", "speed/mfu": "MFU"}
+SPEED = {
+  "speed/images_per_second": "images/s",
+  "speed/data_wait_share": "data wait",
+  "speed/checkpoint_wait_share": "save wait",
+  "speed/mfu": "MFU",
+}
 
 log = logging.getLogger("simclr_jax")
 
