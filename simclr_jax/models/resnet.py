@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax import errors
-from simclr_jax.models import layers
+from simclr_jax.models import convolution, layers
 
 BASIC_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 BOTTLENECK_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
@@ -206,4 +206,7 @@ def _with_remat(policy: str, train: bool):
   call = lambda block, x: block(x, train=train)
   if policy == "none":
     return call
-  return nn.remat(call, policy=jax.checkpoint_policies.dots_saveable if policy == "convs" else None)
+  kept = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(convolution.NAME)
+  )
+  return nn.remat(call, policy=kept if policy == "convs" else None)
