@@ -13,7 +13,7 @@ from configs import base
 def get_config():
   c = base.get_config()
   c.batch_size = 128
-  c.total_epochs = 14.0
+  c.total_epochs = 20.0
 
   c.data.source = "shapes"
   c.data.name = ""
