@@ -72,8 +72,8 @@ def main(argv: list[str]) -> int:
       if "float64" in (config.model.dtype, config.model.param_dtype):
         jax.config.update("jax_enable_x64", True)
       inputs = [config]
-    workdir = flags.get("workdir") or DEFAULT_WORKDIR.get("plan" if "profile_input" in flags else name)
-    if not workdir:
+    workdir = flags.get("workdir") or DEFAULT_WORKDIR.get(name, "")
+    if not workdir and "profile_input" not in flags:
       raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
     if "topology" in flags or "gpu" in flags:
       # The devices are described ones, or those of processes of their own: this one leaves them alone.

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ class Streamed:
   step_fn: Callable[[state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]]
   batches: Callable[[int], Iterator[Any]]
   mesh: jax.sharding.Mesh
-  most: int = dataclasses.field(default=1, init=False)
+  most: ClassVar[int] = 1
 
   @contextlib.contextmanager
   def feeding(self, done: int):
@@ -152,6 +152,8 @@ def train(
     return state, evaluate(state) if evaluate else result
   evaluation_due = lambda step: evaluate_every_steps and step % evaluate_every_steps == 0
   trace = _Trace(workdir, profile_steps)
+  if profile_steps and not done < profile_steps[0] <= total_steps:
+    telemetry.log.warning("No profile: step %d is not among steps %d to %d.", profile_steps[0], done + 1, total_steps)
   # Steps at which the loop has something to do between two dispatches.
   pauses = lambda step: step == total_steps or evaluation_due(step) or checkpoints.due(step) or trace.due(step)
   with (

@@ -77,7 +77,7 @@ class Telemetry:
     self._rows, self._tensorboard = None, None
     if not self._lead:
       return
-    if flops_per_step and not self._peak:
+    if flops_per_step and not self._peak and devices[0].platform != "cpu":
       log.info("The peak of %s is not known: model FLOP/s are reported, MFU is not.", devices[0].device_kind)
     path = epath.Path(workdir) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

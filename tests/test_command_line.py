@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from simclr_jax import __main__ as command
+from simclr_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -164,3 +165,27 @@ def test_a_folder_with_too_many_corrupt_images_stops_the_run(pretrain, tmp_path)
 def test_linear_eval_without_a_checkpoint_says_what_to_give(capsys, tmp_path, checkpoint):
   message = fails(capsys, "linear_eval", *SHAPES, f"--workdir={tmp_path}/run", f"--config.checkpoint={checkpoint}")
   assert "checkpoint" in message
+
+
+def test_the_config_of_an_older_checkpoint_is_completed_as_it_ran(monkeypatch):
+  saved = command.load_config(str(ROOT / "configs" / "demo.py"), {}).to_dict()
+  saved["batch_size"] = 96
+  for section, key in (("data", "resident"), ("augment", "place"), ("linear_eval", "protocol")):
+    del saved[section][key]
+  del saved["probes"]
+  monkeypatch.setattr(checkpoint, "read_config", lambda path: saved)
+  config = command.load_config("", {"checkpoint": "old"})
+  assert (config.batch_size, config.data.source) == (96, "shapes")
+  # There was no other place than the host, and no other way than to feed.
+  assert (config.augment.place, config.data.resident, config.linear_eval.protocol) == ("host", False, "reference")
+  assert config.probes.passes == 1
+
+
+def test_a_dispatch_has_a_step_at_least(capsys, tmp_path):
+  argv = [*SHAPES, "--config.batch_size=16", "--config.data.steps_per_dispatch=0", f"--workdir={tmp_path}/run"]
+  assert "steps_per_dispatch is 0; use 1 or more" in fails(capsys, "pretrain", *argv)
+
+
+def test_the_features_protocol_has_no_steps_to_profile(capsys, tmp_path):
+  argv = [*SHAPES, "--config.checkpoint=random", "--config.linear_eval.protocol=features", "--profile_steps=1,2"]
+  assert "--profile_steps is for" in fails(capsys, "linear_eval", *argv, f"--workdir={tmp_path}/run")

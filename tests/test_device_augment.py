@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
+from samples import distance, distance_to_uniform
 
 from simclr_jax import cost, errors, sharding
 from simclr_jax.data import device_augment, host_augment
@@ -35,19 +36,6 @@ def noise(*shape):
 
 def example_keys(count):
   return device_augment.example_keys(7, jnp.zeros(count, jnp.int32), jnp.arange(count))
-
-
-def distance(a, b):
-  """Returns the two-sample Kolmogorov-Smirnov distance."""
-  points = np.concatenate([a, b])
-  below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
-  return np.abs(below[0] - below[1]).max()
-
-
-def distance_to_uniform(x, low, high):
-  assert low <= x.min()
-  assert x.max() <= high
-  return distance(x, np.linspace(low, high, 10 * len(x)))
 
 
 OPERATIONS = {

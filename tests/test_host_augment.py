@@ -5,6 +5,7 @@ import colorsys
 import numpy as np
 import pytest
 import tensorflow as tf
+from samples import distance, distance_to_uniform
 
 from simclr_jax import errors
 from simclr_jax.data import host_augment, law
@@ -35,19 +36,6 @@ def draws(function, count):
 def views(image, count, **law):
   law = {**NOTHING, **law}
   return draws(lambda seed: host_augment.pretrain_view(image, seed, size=len(image), **law), count)
-
-
-def distance(a, b):
-  """Returns the two-sample Kolmogorov-Smirnov distance."""
-  points = np.concatenate([a, b])
-  below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
-  return np.abs(below[0] - below[1]).max()
-
-
-def distance_to_uniform(x, low, high):
-  assert low <= x.min()
-  assert x.max() <= high
-  return distance(x, np.linspace(low, high, 10 * len(x)))
 
 
 def test_color_operations_give_the_numbers_of_the_reference(reference):

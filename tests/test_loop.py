@@ -160,6 +160,13 @@ def test_a_profile_of_the_asked_steps_is_written(tmp_path):
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_profile_that_cannot_be_is_announced(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(telemetry.log, "propagate", True)
+  run(tmp_path, steps=4, profile_steps=(9, 10))
+  assert "No profile: step 9 is not among steps 1 to 4." in caplog.text
+  assert not (tmp_path / "profile").exists()
+
+
 def test_what_goes_wrong_in_the_input_is_raised_by_the_loop(tmp_path):
   def data(step):
     if step == 3:

@@ -33,7 +33,7 @@ def run(config, workdir: str) -> dict[str, float]:
   say("2/5 linear classifier on the frozen SimCLR encoder")
   simclr = accuracy_of(linear_eval, "linear_simclr", str(folder / "pretrain"))
   say("3/5 linear classifier on the same encoder as initialised")
-  random = accuracy_of(linear_eval, "linear_random", linear_eval.RANDOM)
+  random = accuracy_of(linear_eval, "linear_random", setup.RANDOM)
   say("4/5 the same encoder trained with all labels")
   supervised = accuracy_of(finetune, "supervised", "")
   say("5/5 linear classifier on raw pixels, and the map of the features")

@@ -19,7 +19,6 @@ from simclr_jax.jobs import feed, setup
 from simclr_jax.models import simclr
 
 JOB = "linear_eval"
-RANDOM = "random"
 
 
 def run(config, workdir: str) -> dict:
@@ -35,7 +34,7 @@ def run(config, workdir: str) -> dict:
   if not 0 < keys.validation_share < 1:
     raise errors.UserError(f"config.probes.validation_share is {keys.validation_share}; use a share such as 0.1.")
   mesh = setup.mesh_for(config, ("probes.batch_size", keys.batch_size), ("eval_batch_size", config.eval_batch_size))
-  train, held_out = _sources(config)
+  train, held_out = setup.labelled_splits(config, JOB)
   train_rows, choice_rows = probes.held_back(train.num_examples, keys.validation_share, config.seed)
   if len(train_rows) * keys.passes < keys.batch_size:
     raise errors.UserError(
@@ -138,18 +137,9 @@ def report(result: dict, path: str) -> str:
   return "\n".join(lines)
 
 
-def _sources(config):
-  if not config.data.eval_split:
-    raise errors.UserError(f"{JOB} counts on held-out images; set --config.data.eval_split, for example to test.")
-  train, held_out = (setup.source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
-  if not train.num_classes:
-    raise errors.UserError(f"{JOB} needs labels; {config.data.source} {config.data.name or config.data.dir} has none.")
-  return train, held_out
-
-
 def _encoder(config, classes, mesh):
   """Returns ((variables, images) -> features, variables) of the checkpoint, or as the reference protocol begins."""
-  pretrained = config.checkpoint != RANDOM
+  pretrained = config.checkpoint != setup.RANDOM
   if pretrained:
     setup.fits(config.to_dict(), checkpoint.read_config(config.checkpoint), config.checkpoint)
   encoder = inference.encoder_of(config.model)

@@ -153,6 +153,8 @@ def _feed(config, source, mesh, transform, prepare, *, batch_size, key) -> Feed:
   numbers = {"batch_size": batch_size, "shards": config.data.shards, "seed": config.seed}
   setup.check_order(source, shuffle_window=config.data.shuffle_window, **numbers)
   if isinstance(source, arrays.Arrays):
+    if config.data.steps_per_dispatch < 1:
+      raise errors.UserError(f"config.data.steps_per_dispatch is {config.data.steps_per_dispatch}; use 1 or more.")
     batch_of = functools.partial(resident.batch, mesh=mesh, **numbers)
     dataset = resident.on_devices(source, mesh)
     return Feed(mesh, prepare, dataset=dataset, batch_of=batch_of, most=config.data.steps_per_dispatch)

@@ -23,7 +23,6 @@ from simclr_jax.jobs import feature_eval, feed, setup
 from simclr_jax.models import simclr
 
 SHOWN = {"train/loss": "loss", "train/accuracy": "accuracy"}
-RANDOM = "random"
 
 
 def train_step(
@@ -87,6 +86,8 @@ def run(config, workdir: str, *, profile_steps: str = "") -> dict[str, float]:
     )
   protocol = setup.choice("linear_eval.protocol", config.linear_eval.protocol, ("reference", "features"))
   if protocol == "features":
+    if profile_steps:
+      raise errors.UserError("--profile_steps is for linear_eval.protocol reference; features trains no network.")
     return feature_eval.run(config, workdir)
   return train_classifier(
     config, config.linear_eval, workdir, job="linear_eval", frozen=True, profile_steps=profile_steps
@@ -98,15 +99,10 @@ def train_classifier(
 ) -> dict[str, float]:
   """Trains a classifier on the encoder by `recipe`, and returns (and writes to `result.json`) held-out accuracies."""
   mesh = setup.mesh_for(config, (f"{job}.batch_size", recipe.batch_size), ("eval_batch_size", config.eval_batch_size))
-  pretrained = config.checkpoint not in ("", RANDOM)
+  pretrained = config.checkpoint not in ("", setup.RANDOM)
   if pretrained:
     setup.fits(config.to_dict(), checkpoint.read_config(config.checkpoint), config.checkpoint)
-  if not config.data.eval_split:
-    raise errors.UserError(f"{job} counts on held-out images; set --config.data.eval_split, for example to test.")
-  train = setup.source_of(config, config.data.train_split)
-  held_out = setup.source_of(config, config.data.eval_split)
-  if not train.num_classes:
-    raise errors.UserError(f"{job} needs labels; {config.data.source} {config.data.name or config.data.dir} has none.")
+  train, held_out = setup.labelled_splits(config, job)
   model = simclr.Classifier(
     inference.encoder_of(config.model),
     setup.linear_head_of(config, train.num_classes, zero_init=recipe.zero_init),

@@ -75,13 +75,15 @@ class Plan:
 
 def run(config, workdir: str, *, topology: str = "", devices: str = "", batch_sizes: str = "", mfu: str = "0.35"):
   """Returns (and prints, and writes to `plan.json`) the plans of one or more batch sizes."""
-  share = _number("mfu", mfu, float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1")
+  share = setup.share_of_peak(mfu)
   sizes = [
-    _number("batch_sizes", n, int, lambda x: x > 0, "whole numbers with commas") for n in batch_sizes.split(",") if n
+    setup.number("batch_sizes", n, int, lambda x: x > 0, "whole numbers with commas")
+    for n in batch_sizes.split(",")
+    if n
   ]
   count = len(_devices(topology)[0])
   if devices:
-    count = _number("devices", devices, int, lambda x: 0 < x <= count, f"a number from 1 to {count}")
+    count = setup.number("devices", devices, int, lambda x: 0 < x <= count, f"a number from 1 to {count}")
   path = epath.Path(workdir) / "plan.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   command = "python -m simclr_jax " + " ".join(sys.argv[1:])
@@ -320,16 +322,6 @@ def _bytes(size: float) -> str:
       return f"{size:8.1f} {unit}"
     size /= 1024
   return f"{size:8.1f} GiB"
-
-
-def _number(name, text, kind, valid, wanted):
-  try:
-    value = kind(text)
-  except ValueError:
-    value = None
-  if value is None or not valid(value):
-    raise errors.UserError(f"--{name} got {text!r}; it wants {wanted}.")
-  return value
 
 
 def _first_line(error: Exception) -> str:

@@ -150,7 +150,7 @@ def _micro_batched_gradients(network, contrast, decay, params, batch, whole, cou
 
 
 def run(
-  config, workdir: str, *, profile_steps: str = "", profile_input: str = "", chip: str = "", mfu: str = ""
+  config, workdir: str, *, profile_steps: str = "", profile_input: str = "", chip: str = "", mfu: str = "0.4"
 ) -> dict[str, float] | None:
   """Pretrains, and returns (and writes to `result.json`) the accuracy of the online head if there is one."""
   mesh = mesh_of(config)
@@ -271,6 +271,8 @@ def _online_accuracy(config, model, mesh):
 
 
 def _finish(workdir, images, result):
+  # By all processes: resident data is on the devices of all.
+  views = images.first(figures.PAIRS)["views"]
   if jax.process_index() == 0:
     folder = epath.Path(workdir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -284,7 +286,6 @@ def _finish(workdir, images, result):
       "Learning rate": {"train/learning_rate": "schedule"},
     }
     figures.curves(telemetry.read_rows(workdir), panels, str(folder / "figures" / "curves.png"), title="Pretraining")
-    views = images.first(figures.PAIRS)["views"]
     figures.view_pairs(np.asarray(views, np.float32), str(folder / "figures" / "view_pairs.png"))
     telemetry.log.info("Checkpoints, metrics and figures: %s", workdir)
   return result

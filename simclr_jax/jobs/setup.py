@@ -12,6 +12,9 @@ from simclr_jax.data import arrays, law, order, resident
 from simclr_jax.inference import DTYPES
 from simclr_jax.models import heads
 
+# In place of a checkpoint: the encoder as it is initialised.
+RANDOM = "random"
+
 # Keys of a run that may change when it continues: they do not change what it computes.
 FREE_KEYS = (
   "log_every_steps",
@@ -20,6 +23,7 @@ FREE_KEYS = (
   "eval_batch_size",
   "evaluate_every_epochs",
   "data.dir",
+  "data.steps_per_dispatch",
   "model.remat",
   "sharding.",
 )
@@ -93,6 +97,16 @@ def _streamed(config, split):
     num_examples=config.data.examples,
     seed=config.seed,
   )
+
+
+def labelled_splits(config, job: str):
+  """Returns the training split, which has labels, and the held-out one."""
+  if not config.data.eval_split:
+    raise errors.UserError(f"{job} counts on held-out images; set --config.data.eval_split, for example to test.")
+  train, held_out = (source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
+  if not train.num_classes:
+    raise errors.UserError(f"{job} needs labels; {config.data.source} {config.data.name or config.data.dir} has none.")
+  return train, held_out
 
 
 def check_order(source, **numbers) -> None:
@@ -186,6 +200,22 @@ def jitted(step_fn, devices: jax.sharding.Mesh, state, /, **constants):
     out_shardings=(placement, sharding.replicated(devices)),
     donate_argnums=0,
   )
+
+
+def number(option: str, text: str, kind, valid, wanted: str):
+  """Returns the value of --option=text as a `kind`, or raises a UserError that says what is `wanted`."""
+  try:
+    value = kind(text)
+  except ValueError:
+    value = None
+  if value is None or not valid(value):
+    raise errors.UserError(f"--{option} got {text!r}; it wants {wanted}.")
+  return value
+
+
+def share_of_peak(text: str) -> float:
+  """Returns the value of --mfu=text."""
+  return number("mfu", text, float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1")
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:
