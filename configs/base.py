@@ -47,6 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.augment.color_probability = 0.8
   c.augment.grayscale_probability = 0.2
   c.augment.blur_probability = 0.5  # 0 for CIFAR-10.
+  # v1 figure 5, in place of all of the above but min_area and max_area: both views are one random crop, the second one
+  # goes through these as well, one after the other: crop | cutout | color | sobel | noise | blur | rotate.
+  c.augment.compose = ""
 
   c.model = ml_collections.ConfigDict()
   c.model.depth = 50  # 10, 18, 34, 50, 101, 152, 200.
@@ -63,27 +66,46 @@ def get_config() -> ml_collections.ConfigDict:
   c.head = ml_collections.ConfigDict()
   c.head.layers = 3  # Of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2.
   c.head.out_dim = 128
+  # Which layer's output feeds the classifier: 0 is the encoder's h, 1 the first layer, ..., -1 the last one, z.
+  c.head.finetune_from = 0  # Of finetune; v2 takes 1 for 1 % and 10 % of the labels. The layers up to it learn too.
+  c.head.evaluate_from = 0  # Of linear_eval, knn, transfer and embed.
   c.head.online = True  # Train a linear classifier beside it, behind stop_gradient, where the images have labels.
 
   c.loss = ml_collections.ConfigDict()
-  c.loss.kind = "nt_xent"  # nt_xent | dcl (the positive left out of the denominator) | sup_con (same label attracts).
+  # nt_xent | dcl (the positive left out of the denominator) | sup_con (same label attracts); those of v1 table 4:
+  # margin | margin_semi_hard | nt_logistic | nt_logistic_semi_hard.
+  c.loss.kind = "nt_xent"
   c.loss.temperature = 0.1
   c.loss.normalize = True  # L2-normalise the embeddings.
+  c.loss.margin = 0.8  # Of the two margin losses.
   c.loss.scale = 2.0  # Times the paper's mean over 2N; the reference sums two means over N. Metrics log the paper's.
 
   c.optimizer = optimizer(name="lars", base_learning_rate=0.3, warmup_epochs=10.0, weight_decay=1e-6)
+
+  c.memory = ml_collections.ConfigDict()  # v2 section 3.1, after MoCo: what older batches embedded, as more negatives.
+  c.memory.size = 0  # Embeddings that are kept, 65536 in v2; 0: none.
+  c.memory.decay = 0.999  # Of the moving average of the weights that embed them.
 
   c.sharding = ml_collections.ConfigDict()
   c.sharding.parameters = "replicated"  # replicated | sharded: parameters and optimizer state split over the devices.
 
   c.log_every_steps = 50
-  c.evaluate_every_epochs = 10.0  # Accuracy of the online linear head on eval_split; 0: at the end only.
+  c.evaluate_every_epochs = 10.0  # What pretrain measures beside the loss (see monitor); 0: at the end only.
+  c.monitor = ml_collections.ConfigDict()
+  c.monitor.knn_images = 5000  # Training images whose features vote on eval_split; 0: no online kNN.
+  c.monitor.knn_neighbours = 20
+  c.monitor.pairs = 512  # Of views, for alignment, uniformity and effective rank.
   c.checkpoint_every_epochs = 1.0
   c.checkpoint_every_steps = 0  # Above 0: in place of checkpoint_every_epochs.
   c.keep_checkpoints = 3  # The latest so many stay.
   c.keep_every_epochs = 0.0  # Checkpoints at multiples of this stay for good; 0 for none.
 
-  c.checkpoint = ""  # What linear_eval and finetune start from: a run's workdir, or a folder in its checkpoints.
+  # What the jobs after pretraining start from: a run's workdir, a folder in its checkpoints, or `random`.
+  c.checkpoint = ""
+  c.labels = ml_collections.ConfigDict()  # The part of train_split whose labels finetune, linear_eval, distill, knn use.
+  c.labels.fraction = 1.0  # Of the images of each class.
+  c.labels.seed = 0  # Which of them.
+  c.labels.ids = ""  # A file with one image name a line (as the reference's imagenet_subsets), in place of a fraction.
   c.linear_eval = recipe(
     # v1 appendix B.6: Nesterov momentum, 0.1 for each 256 images, no warm-up, no weight decay, crop and flip.
     optimizer=optimizer(name="momentum", base_learning_rate=0.1, warmup_epochs=0.0, weight_decay=0.0),
@@ -107,6 +129,36 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=512,
     total_epochs=60.0,
   )
+  c.finetune.after_block = -1  # What learns: -1 all, 0 what follows the stem, 1 to 4 what follows that block group.
+  c.distill = recipe(
+    # v2 section 3.3: LARS as in pretraining, 400 epochs, crop and flip.
+    optimizer=optimizer(name="lars", base_learning_rate=0.1, warmup_epochs=10.0, weight_decay=1e-4),
+    batch_size=512,
+    total_epochs=400.0,
+  )
+  c.distill.optimizer.scaling = "sqrt"
+  c.distill.zero_init = False
+  c.distill.teacher = ""  # A run of finetune, linear_eval or distill (or of pretrain: its online classifier).
+  c.distill.temperature = 1.0  # v2: 1.0 from a big network to a small one, 0.1 for self-distillation.
+  c.distill.label_weight = 0.0  # 1 - alpha of v2's equation 3: of the cross-entropy of the images with labels.
+  c.distill.images = "all"  # all | labelled: what the student sees of train_split.
+  c.distill.cache_teacher = False  # Run the teacher once, on the centre crop, rather than on each crop of each step.
+  c.knn = ml_collections.ConfigDict()
+  c.knn.neighbours = "10,20,100,200"
+  c.knn.temperatures = "0.07,0.1"  # Votes weigh exp(similarity / temperature); the first of both is the headline.
+  c.transfer = ml_collections.ConfigDict()  # v1 appendix B.8.
+  # TFDS names, or NAME:TRAIN:VALIDATION:TEST splits, or folder:DIR; paper: its twelve.
+  c.transfer.datasets = "paper"
+  c.transfer.l2_strengths = 45  # So many, evenly spaced in the logarithm,
+  c.transfer.l2_low = 1e-6  # from here
+  c.transfer.l2_high = 1e5  # to here; on sums over examples, as in the paper.
+  c.transfer.lbfgs_steps = 1000  # At most, for each strength.
+  c.transfer.lbfgs_tolerance = 1e-4
+  c.transfer.validation_share = 0.2  # Of the training images of a data set that has no validation split.
+  c.embed = ml_collections.ConfigDict()
+  c.embed.split = "train"
+  c.embed.format = "npz"  # npz | parquet.
+  c.embed.rows_per_file = 8192
   return c
 
 

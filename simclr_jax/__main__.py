@@ -24,13 +24,19 @@ JOBS = {
   "pretrain": ("profile_steps", "profile_input", "chip", "mfu"),
   "linear_eval": ("profile_steps",),
   "finetune": ("profile_steps",),
+  "distill": ("profile_steps",),
+  "knn": (),
+  "transfer": (),
+  "embed": (),
+  "study": ("study", "rows", "columns", "evaluation"),
+  "convert": ("source", "ema", "classifier_layer", "image_size"),
   "demo": (),
   "plan": ("topology", "devices", "batch_sizes", "mfu"),
   "bench": ("only", "sizes", "data_dir", "rounds", "gpu", "small", "batches", "npz", "epochs", "steps"),
 }
-WITHOUT_CONFIG = ("bench",)
+WITHOUT_CONFIG = ("bench", "convert")
 # Options that are on when they are given without a value.
-SWITCHES = ("profile_input", "gpu", "small")
+SWITCHES = ("profile_input", "gpu", "small", "ema")
 # What these compute is of no use to a later run, so that they need no folder of its own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
 ROOT = pathlib.Path(__file__).parents[1]
@@ -135,8 +141,8 @@ def load_config(config_file: str, overrides: dict[str, str]) -> ml_collections.C
   """
   if config_file:
     config = _read_config(config_file)
-  elif overrides.get("checkpoint", "random") != "random":
-    config = _with_new_keys(checkpoint.read_config(overrides["checkpoint"]))
+  elif source := _run_of(overrides):
+    config = _with_new_keys(checkpoint.read_config(source))
   else:
     known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
     raise errors.UserError(f"no --config; give an experiment, such as one of {known}.")
@@ -144,6 +150,12 @@ def load_config(config_file: str, overrides: dict[str, str]) -> ml_collections.C
   for key, text in overrides.items():
     _override(config, key, text)
   return config
+
+
+def _run_of(overrides: dict[str, str]) -> str:
+  """Returns the run whose config serves where none is given: the checkpoint's, else the teacher's, or ""."""
+  named = (overrides.get(key, "") for key in ("checkpoint", "distill.teacher"))
+  return next((path for path in named if path not in ("", "random")), "")
 
 
 def _with_new_keys(saved: dict) -> ml_collections.ConfigDict:

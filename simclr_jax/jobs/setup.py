@@ -139,6 +139,17 @@ def projection_head_of(config) -> heads.ProjectionHead:
   )
 
 
+def layer_of(config, key: str) -> int:
+  """Returns the layer of the projection head that `config.head.<key>` names, counted from h = 0."""
+  layer, layers = config.head[key], config.head.layers
+  if not -layers - 1 <= layer <= layers:
+    raise errors.UserError(
+      f"config.head.{key} is {layer} and the projection head has {layers} layers; use 0 (the encoder's h) to {layers}, "
+      "or -1 for the last one."
+    )
+  return layer % (layers + 1)
+
+
 def linear_head_of(config, classes: int, *, zero_init: bool = False) -> heads.LinearHead | None:
   """Returns the classifier, or None where there are no labels."""
   if not classes:

@@ -140,6 +140,9 @@ class ResNet(nn.Module):
 
   `remat` trades time for memory and changes no result, see `remat_of_groups`: `convs` keeps the
   convolutions' outputs and computes batch norm and ReLU again, `blocks` keeps the blocks' inputs alone.
+
+  `after_block` freezes what comes before: 0 the stem, k block group k and all before it, -1 nothing. What is frozen
+  runs in inference mode, and gets no gradient.
   """
 
   depth: int = 50
@@ -152,7 +155,7 @@ class ResNet(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(self, images: jax.Array, *, train: bool, after_block: int = -1) -> jax.Array:
     if self.depth not in BLOCKS:
       known = ", ".join(map(str, BLOCKS))
       raise errors.UserError(f"ResNet depth is {self.depth}; the known ones are {known}.")
@@ -161,7 +164,9 @@ class ResNet(nn.Module):
     if images.ndim != 4 or images.shape[-1] != 3:
       raise errors.UserError(f"images have shape {images.shape}; a ResNet takes [batch, height, width, 3]: RGB, last.")
     make = layers.Layers(self.dtype, self.param_dtype)
-    x = self._stem(layers.as_float(images, self.dtype), make, train=train)
+    x = self._stem(layers.as_float(images, self.dtype), make, train=train and after_block < 0)
+    if after_block == 0:
+      x = jax.lax.stop_gradient(x)
     remat = remat_of_groups(self.remat)
     for group, blocks in enumerate(BLOCKS[self.depth]):
       for block in range(blocks):
@@ -175,7 +180,9 @@ class ResNet(nn.Module):
           make=make,
           name=f"group{group + 1}_block{block + 1}",
         )
-        x = _with_remat(remat[group], train)(residual, x)
+        x = _with_remat(remat[group], train and group >= after_block)(residual, x)
+      if after_block == group + 1:
+        x = jax.lax.stop_gradient(x)
       self.sow("intermediates", f"block_group{group + 1}", x)
     h = x.mean(axis=(1, 2), dtype=layers.at_least_float32(self.dtype))
     self.sow("intermediates", "final_avg_pool", h)

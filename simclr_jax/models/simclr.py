@@ -26,16 +26,44 @@ class SimCLR(nn.Module):
     return h, z, logits
 
 
+class Representation(nn.Module):
+  """Encoder and projection head, read at a layer: 0 is h, 1 the output of the first layer, ..., -1 is z.
+
+  The keys of the tree are `encoder` and, where a layer is asked for, `projection_head`.
+  """
+
+  encoder: nn.Module
+  projection_head: nn.Module | None = None
+  layer: int = 0
+
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Returns f[M, D] of images f[M, H, W, 3]."""
+    h = self.encoder(images, train=train)
+    return h if self.projection_head is None else self.projection_head(h, train=train)[self.layer]
+
+
 class Classifier(nn.Module):
-  """Encoder and linear classifier; the keys of the tree are `encoder` and `linear_head`."""
+  """Encoder and linear classifier on top of a `Representation`; the keys of the tree are its and `linear_head`.
+
+  Attributes:
+    after_block: what comes before is frozen: -1 nothing, 0 the stem, k block group k and all before it.
+    frozen_head: whether the projection head is frozen too.
+  """
 
   encoder: nn.Module
   linear_head: nn.Module
+  projection_head: nn.Module | None = None
+  layer: int = 0
+  after_block: int = -1
+  frozen_head: bool = False
 
-  def __call__(self, images: jax.Array, *, train: bool, frozen: bool = False) -> jax.Array:
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Returns logits f[M, K] of images f[M, H, W, 3].
 
-    A frozen encoder uses its moving averages, keeps them, and gets no gradient.
+    What is frozen uses its moving averages, keeps them, and gets no gradient. The projection head runs whole: while
+    it learns, the moving averages of the layers above `layer` follow, as in the reference's TF2 code.
     """
-    h = self.encoder(images, train=train and not frozen)
-    return self.linear_head(jax.lax.stop_gradient(h) if frozen else h)
+    h = self.encoder(images, train=train, after_block=self.after_block)
+    if self.projection_head is not None:
+      h = self.projection_head(h, train=train and not self.frozen_head)[self.layer]
+    return self.linear_head(h)

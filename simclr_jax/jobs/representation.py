@@ -1,0 +1,47 @@
+"""The representation that a job reads: the encoder of a checkpoint, with as much of the projection head as asked for."""
+
+import jax
+
+from simclr_jax import checkpoint, errors, evaluation, inference
+from simclr_jax import state as state_lib
+from simclr_jax.jobs import setup
+from simclr_jax.models import simclr
+
+
+def load(config, mesh: jax.sharding.Mesh, *, job: str):
+  """Returns ((variables, images) -> f[N, D], variables) of `config.checkpoint`, in inference mode.
+
+  Images are f32 in [0, 1] or u8, [N, H, W, 3]; what comes out is the output of the layer `config.head.evaluate_from`.
+
+  Args:
+    config: the run's; `config.checkpoint` may be `random`, the encoder as it is initialised.
+    mesh: where the variables go.
+    job: for messages.
+  """
+  if not config.checkpoint:
+    raise errors.UserError(
+      f"{job} has no encoder; give --config.checkpoint=RUN, the workdir of a pretraining run (or `random`)."
+    )
+  pretrained = config.checkpoint != setup.RANDOM
+  if pretrained:
+    setup.fits(config.to_dict(), checkpoint.read_config(config.checkpoint), config.checkpoint)
+  layer = setup.layer_of(config, "evaluate_from")
+  model = simclr.Representation(
+    inference.encoder_of(config.model), setup.projection_head_of(config) if layer else None, layer
+  )
+  params, batch_stats = state_lib.variables(
+    model, config.data.image_size, config.seed, mesh, split=setup.is_split(config)
+  )
+  if pretrained:
+    params, batch_stats = checkpoint.load_model(config.checkpoint, params, batch_stats)
+  whole = setup.whole_of(config, mesh)
+
+  def encode(variables, images):
+    return model.apply({**variables, "params": whole(variables["params"])}, images, train=False)
+
+  return encode, {"params": params, "batch_stats": batch_stats}
+
+
+def of_split(encode, variables, config, source, mesh):
+  """Returns f32[N, D] and label i32[N] of a whole split in order, by the evaluation's crop, on every process."""
+  return evaluation.features(encode, variables, setup.evaluation_rows(config, source)(), mesh)
