@@ -102,7 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # What the jobs after pretraining start from: a run's workdir, a folder in its checkpoints, or `random`.
   c.checkpoint = ""
-  c.labels = ml_collections.ConfigDict()  # The part of train_split whose labels finetune, linear_eval, distill, knn use.
+  c.labels = ml_collections.ConfigDict()  # Of which part of train_split finetune, linear_eval, distill, knn see labels.
   c.labels.fraction = 1.0  # Of the images of each class.
   c.labels.seed = 0  # Which of them.
   c.labels.ids = ""  # A file with one image name a line (as the reference's imagenet_subsets), in place of a fraction.

@@ -1,4 +1,4 @@
-"""The representation that a job reads: the encoder of a checkpoint, with as much of the projection head as asked for."""
+"""The representation that a job reads: a checkpoint's encoder, and as much of the projection head as is asked for."""
 
 import jax
 
