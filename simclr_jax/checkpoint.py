@@ -25,6 +25,7 @@ class Checkpoints:
     every_steps: interval between saves; 0 saves at the end only.
     keep: how many of the latest stay.
     keep_every_steps: multiples of this stay for good; 0 for none.
+    classifier_layer: of the projection head, whose output feeds the linear classifier; 0 is the encoder's h.
   """
 
   workdir: str
@@ -32,6 +33,7 @@ class Checkpoints:
   every_steps: int
   keep: int
   keep_every_steps: int = 0
+  classifier_layer: int = 0
 
   def __post_init__(self):
     preserve = [ocp.training.preservation_policies.LatestN(max(self.keep, 1))]
@@ -58,7 +60,8 @@ class Checkpoints:
       MODEL: {"params": state.params, "batch_stats": state.batch_stats},
       TRAINING: {"step": state.step, "opt_state": _plain(state.opt_state)},
     }
-    self._manager.save_checkpointables_async(step, parts, custom_metadata={"config": self.config})
+    metadata = {"config": self.config, "classifier_layer": self.classifier_layer}
+    self._manager.save_checkpointables_async(step, parts, custom_metadata=metadata)
 
   def restore_latest(self, state: state_lib.TrainState) -> tuple[state_lib.TrainState, int]:
     """Returns the newest saved state with the placement of `state`, and its step; `state` and 0 if there is none."""
@@ -108,6 +111,16 @@ def read_config(path: str) -> dict[str, Any]:
   if not metadata or "config" not in metadata:
     raise errors.UserError(f"checkpoint {step} carries no config; it was not written by simclr_jax.")
   return metadata["config"]
+
+
+def classifier_layer(path: str) -> int:
+  """Returns which layer of the projection head feeds the linear classifier of the checkpoint at `path`; 0 is h."""
+  return ocp.checkpointables_metadata(find(path)).custom_metadata.get("classifier_layer", 0)
+
+
+def parts(path: str) -> tuple[str, ...]:
+  """Returns the names of the parts that the model in the checkpoint at `path` has, such as `encoder`."""
+  return tuple(sorted(_shapes(find(path))[MODEL]["params"]))
 
 
 def load_model(path: str, params, batch_stats) -> tuple[Any, Any]:

@@ -23,12 +23,14 @@ class Arrays:
     images: u8[N, H, W, 3], or object[N] of bytes, encoded images of any size.
     labels: i32[N], -1 without labels.
     class_names: one for each class; empty without labels.
+    names: of the examples, where they have any.
   """
 
   name: str
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
+  names: tuple[str, ...] = ()
 
   @property
   def num_examples(self) -> int:

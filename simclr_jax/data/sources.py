@@ -42,6 +42,8 @@ class Source:
       u8[H, W, 3] or the bytes of an encoded one.
     examples: tensors whose row i is stored example i; None when the examples stay in `pieces`.
     pieces: of TFRecord files whose records, one after the other, are the stored examples.
+    names: of the examples, where they come with the source; see `names_of`.
+    read_name: a stored example (TensorFlow) to its name, where that is part of it.
   """
 
   name: str
@@ -51,6 +53,8 @@ class Source:
   read: Callable
   examples: tuple[tf.Tensor, ...] | None = None
   pieces: tuple[Piece, ...] = ()
+  names: tuple[str, ...] = ()
+  read_name: Callable | None = None
 
 
 def load(
@@ -102,9 +106,32 @@ def in_memory(held: arrays.Arrays) -> Source:
   )
 
 
+def stored(source: Source) -> tf.data.Dataset:
+  """Returns the stored examples of the split in order, each a tuple."""
+  if source.examples is not None:
+    return tf.data.Dataset.from_tensor_slices(source.examples)
+  return records(source.pieces).map(lambda record: (record,))
+
+
+def names_of(source: Source) -> tuple[str, ...]:
+  """Returns a name for each example: a folder's relative paths, TFDS's file names, else its number in the split."""
+  if source.names:
+    return source.names
+  if source.read_name is None:
+    return tuple(map(str, range(source.num_examples)))
+  rows = stored(source).map(source.read_name, num_parallel_calls=os.cpu_count()).batch(4096)
+  return tuple(name.decode() for block in rows.as_numpy_iterator() for name in block)
+
+
+def labels_of(source: Source) -> np.ndarray:
+  """Returns the label of each example, i32[N], without decoding any image; -1 where there is none."""
+  rows = stored(source).map(lambda *example: source.read(*example)[1], num_parallel_calls=os.cpu_count())
+  return np.concatenate([np.zeros(0, np.int32), *rows.batch(4096).as_numpy_iterator()])
+
+
 def decoded(source: Source) -> arrays.Arrays:
   """Returns the split in memory with its images decoded; they must have one size."""
-  rows = tf.data.Dataset.from_tensor_slices(source.examples) if source.examples else records(source.pieces)
+  rows = stored(source)
 
   def decode(*stored):
     content, label = source.read(*stored)
@@ -116,7 +143,7 @@ def decoded(source: Source) -> arrays.Arrays:
       images = np.empty((source.num_examples, *image.shape), np.uint8)
     arrays.check_size(image, images[0], number, source.name)
     images[number], labels[number] = image, label
-  return arrays.Arrays(source.name, images, labels, source.class_names)
+  return arrays.Arrays(source.name, images, labels, source.class_names, names_of(source))
 
 
 def decode_image(content):
@@ -170,6 +197,9 @@ def _tfds(name, split, data_dir, cache):
     example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
     return example["image"], tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
 
+  def read_name(record):
+    return features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})["file_name"]
+
   return Source(
     f"{builder.info.full_name} ({split})",
     num_examples=sum(piece.take for piece in pieces),
@@ -178,6 +208,7 @@ def _tfds(name, split, data_dir, cache):
     read=read,
     examples=(_all_rows(records(pieces)),) if cache else None,
     pieces=() if cache else pieces,
+    read_name=read_name if isinstance(kinds.get("file_name"), tfds.features.Text) else None,
   )
 
 
@@ -254,17 +285,18 @@ def _folder(root, split, cache, max_bad_share):
   log.info("%s: split %s has %d images in %d classes.", root, split, len(good), len(class_names))
   class_of = {class_name: number for number, class_name in enumerate(class_names)}
   labels = np.array([class_of.get(kinds[number], -1) for number in good], np.int32)
-  stored, labels = _on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels)
+  content, labels = _on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels)
   load = tf.io.read_file
   if cache:
-    stored, load = _all_rows(tf.data.Dataset.from_tensor_slices(stored).map(load)), tf.identity
+    content, load = _all_rows(tf.data.Dataset.from_tensor_slices(content).map(load)), tf.identity
   return Source(
     f"{root} ({split})",
     num_examples=len(good),
     num_classes=len(class_names),
     class_names=class_names,
     read=lambda path, label: (load(path), label),
-    examples=(stored, labels),
+    examples=(content, labels),
+    names=tuple(paths[number] for number in good),
   )
 
 
