@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.extend import core
@@ -25,6 +26,30 @@ def matrix_flops(function: Callable, *args: Any) -> int:
     *args: arrays or their shapes.
   """
   return _flops_of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def flops_by_module(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], int]:
+  """Returns the FLOPs of each convolution and dense layer of one call of a network, by its path in the tree.
+
+  Counted as in `matrix_flops`; nothing is computed or compiled.
+
+  Args:
+    model: the network.
+    variables: its own, or their shapes.
+    *args, **kwargs: of the call; arrays may be shapes.
+  """
+  found = Counter()
+
+  def record(call, inputs, keywords, context):
+    out = call(*inputs, **keywords)
+    if isinstance(context.module, nn.Conv | nn.Dense):
+      taps = math.prod(getattr(context.module, "kernel_size", ()))
+      found[context.module.path] += 2 * math.prod(out.shape) * taps * inputs[0].shape[-1]
+    return out
+
+  with nn.intercept_methods(record):
+    jax.eval_shape(lambda variables, *args: model.apply(variables, *args, **kwargs), variables, *args)
+  return dict(found)
 
 
 def _flops_of(jaxpr) -> int:

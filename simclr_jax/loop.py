@@ -40,21 +40,23 @@ class Streamed:
   """Steps that are fed: each takes a batch, which waits on the devices before it is due.
 
   Attributes:
-    step_fn: jitted (state, batch) -> (state, metrics); scalars, each on all devices.
+    step_fn: jitted (state, batch, *constants) -> (state, metrics); scalars, each on all devices.
     batches: first step -> this process's rows of the batch of each step from then on, as NumPy.
     mesh: where the batches go.
+    constants: trees of arrays on the devices that every step takes and none changes.
   """
 
-  step_fn: Callable[[state_lib.TrainState, Any], tuple[state_lib.TrainState, Metrics]]
+  step_fn: Callable[..., tuple[state_lib.TrainState, Metrics]]
   batches: Callable[[int], Iterator[Any]]
   mesh: jax.sharding.Mesh
+  constants: tuple[Any, ...] = ()
   most: ClassVar[int] = 1
 
   @contextlib.contextmanager
   def feeding(self, done: int):
     """Yields the function that gives the arguments of the next dispatch."""
     with contextlib.closing(prefetch.to_devices(self.batches(done), self.mesh)) as batches:
-      yield lambda count: (next(batches),)
+      yield lambda count: (next(batches), *self.constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,38 +64,41 @@ class Resident:
   """Steps that take their batches from a data set on the devices, several in one dispatch.
 
   Attributes:
-    step_fn: jitted (state, dataset, count i32[]) -> (state, metrics), the first `count` entries of f[most] each.
+    step_fn: jitted (state, dataset, count i32[], *constants) -> (state, metrics), the first `count` entries of f[most]
+      each.
     dataset: its second argument.
     mesh: where that is.
     most: steps of a dispatch.
+    constants: as in `Streamed`.
   """
 
-  step_fn: Callable[[state_lib.TrainState, Any, jax.Array], tuple[state_lib.TrainState, Metrics]]
+  step_fn: Callable[..., tuple[state_lib.TrainState, Metrics]]
   dataset: Any
   mesh: jax.sharding.Mesh
   most: int
+  constants: tuple[Any, ...] = ()
 
   @contextlib.contextmanager
   def feeding(self, done: int):
     """Yields the function that gives the arguments of the next dispatch."""
     place = lambda count: jax.device_put(np.int32(count), sharding.replicated(self.mesh))
-    yield lambda count: (self.dataset, place(count))
+    yield lambda count: (self.dataset, place(count), *self.constants)
 
 
 def several(step_fn, batch_of, most: int):
-  """Returns (state, dataset, count) -> (state, metrics f[most]): `count` steps in one program, to be jitted.
+  """Returns (state, dataset, count, *constants) -> (state, metrics f[most]), `count` steps in one program, to be jitted.
 
   One program for any count, so that the same steps give the same bits however they are dispatched, and nothing is
   compiled again where an evaluation or a checkpoint cuts in.
 
   Args:
-    step_fn: (state, batch) -> (state, metrics).
+    step_fn: (state, batch, *constants) -> (state, metrics).
     batch_of: (dataset, step i32[]) -> batch.
     most: the largest count.
   """
 
-  def run(state, dataset, count):
-    one = lambda state: step_fn(state, batch_of(dataset, state.step))
+  def run(state, dataset, count, *constants):
+    one = lambda state: step_fn(state, batch_of(dataset, state.step), *constants)
     rows = jax.tree.map(lambda x: jax.numpy.zeros((most, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
 
     def body(number, carry):

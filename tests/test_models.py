@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import weights_by_name
+from flax import traverse_util
 
 from simclr_jax import errors
 from simclr_jax import reference as reference_names
@@ -427,28 +428,58 @@ def test_without_a_classifier_there_are_no_logits():
   assert set(variables["params"]) == {"encoder", "projection_head"}
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradient(frozen):
+@pytest.mark.parametrize("after_block", [-1, 0, 2, 4])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_is_frozen_keeps_its_statistics_and_gets_no_gradient(after_block, layer):
   images = images_like()
-  model = simclr.Classifier(narrow().encoder, heads.LinearHead(5))
+  model = simclr.Classifier(
+    narrow().encoder, heads.LinearHead(5), heads.ProjectionHead(2, 16), layer, after_block=after_block
+  )
   variables = filled(model, images)
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def gradient(params):
-    logits, state = model.apply(
-      variables | {"params": params}, images, train=True, frozen=frozen, mutable=["batch_stats"]
-    )
-    return (logits**2).sum(), (logits, state["batch_stats"])
+    logits, state = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+    return (logits**2).sum(), state["batch_stats"]
 
-  grads, (logits, batch_stats) = gradient(variables["params"])
-  before, after = (jax.tree.leaves(tree) for tree in (variables["batch_stats"], batch_stats))
-  same = [np.array_equal(one, other) for one, other in zip(before, after, strict=True)]
-  moved = [np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"])]
+  grads, batch_stats = gradient(variables["params"])
+  moved = {
+    (*path[:-1],)
+    for tree in (grads, jax.tree.map(np.subtract, batch_stats, variables["batch_stats"]))
+    for path, leaf in traverse_util.flatten_dict(tree).items()
+    if np.any(leaf)
+  }
+  for name in variables["params"]["encoder"]:
+    learns = resnet.group_of(name) > after_block
+    assert any(path[:2] == ("encoder", name) for path in moved) == learns, name
+  statistics_move = {path[:2] for path in moved if "projection_head" in path and path[1].startswith("bn")}
+  assert statistics_move == {("projection_head", "bn1"), ("projection_head", "bn2")}
+  assert ("linear_head", "dense") in moved
+
+  learning = simclr.trained_part(model, variables["params"])
+  assert set(traverse_util.flatten_dict(learning)) == {
+    path
+    for path, leaf in traverse_util.flatten_dict(grads).items()
+    if path[0] == "linear_head"
+    or (path[0] == "encoder" and resnet.group_of(path[1]) > after_block)
+    or (path[0] == "projection_head" and path[1] in (("dense1", "bn1") if layer else ()))
+  }
+  put_back = simclr.merged(variables["params"], jax.tree.map(lambda leaf: leaf + 1, learning))
+  flat, before = traverse_util.flatten_dict(put_back), traverse_util.flatten_dict(variables["params"])
+  assert flat.keys() == before.keys()
+  assert {path for path in flat if np.any(flat[path] != before[path])} == set(traverse_util.flatten_dict(learning))
+
+
+def test_a_frozen_head_is_read_in_inference_mode():
+  images = images_like()
+  model = simclr.Classifier(narrow().encoder, heads.LinearHead(5), heads.ProjectionHead(2, 16), 2, 4, True)
+  variables = filled(model, images)
+  logits, state = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, images)
+  jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
   in_inference = jax.jit(functools.partial(model.apply, train=False))(variables, images)
-  close = np.allclose(logits, in_inference, rtol=1e-5)
-  assert (all(same), any(moved), close) == ((True, False, True) if frozen else (False, True, False))
-  assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["linear_head"]))
+  np.testing.assert_allclose(logits, in_inference, rtol=1e-5, atol=1e-6)
+  assert set(simclr.trained_part(model, variables["params"])) == {"linear_head"}
 
 
 @pytest.mark.parametrize(

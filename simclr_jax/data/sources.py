@@ -129,6 +129,18 @@ def labels_of(source: Source) -> np.ndarray:
   return np.concatenate([np.zeros(0, np.int32), *rows.batch(4096).as_numpy_iterator()])
 
 
+def rows_of(source: Source, rows: np.ndarray) -> tuple[tf.Tensor, ...]:
+  """Returns the stored examples of some rows (sorted), in memory, as `Source.examples` has them."""
+  if source.examples is not None:
+    with tf.device("CPU"):
+      return tuple(tf.gather(column, rows) for column in source.examples)
+  wanted = np.zeros(source.num_examples, bool)
+  wanted[rows] = True
+  chosen = tf.data.Dataset.zip(stored(source), tf.data.Dataset.from_tensor_slices(wanted))
+  chosen = chosen.filter(lambda _, use: use).map(lambda example, _: example[0])
+  return (_all_rows(chosen),)
+
+
 def decoded(source: Source) -> arrays.Arrays:
   """Returns the split in memory with its images decoded; they must have one size."""
   rows = stored(source)

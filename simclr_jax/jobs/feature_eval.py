@@ -13,10 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax import checkpoint, errors, evaluation, inference, probes, telemetry
-from simclr_jax import state as state_lib
-from simclr_jax.jobs import feed, setup
-from simclr_jax.models import simclr
+from simclr_jax import checkpoint, errors, evaluation, probes, telemetry
+from simclr_jax.jobs import feed, representation, setup
 
 JOB = "linear_eval"
 
@@ -41,7 +39,7 @@ def run(config, workdir: str) -> dict:
       f"{len(train_rows)} training images beside the validation share cannot fill a batch of "
       f"config.probes.batch_size = {keys.batch_size}; choose a smaller one."
     )
-  encode, variables = _encoder(config, train.num_classes, mesh)
+  encode, variables = representation.load(config, mesh, job=JOB)
   checkpoint.claim_workdir(workdir, config.to_dict(), JOB, setup.FREE_KEYS)
 
   begin = time.monotonic()
@@ -86,6 +84,8 @@ def run(config, workdir: str) -> dict:
     "validation/examples": len(choice_rows),
     **{f"seconds/{name}": value for name, value in seconds.items()},
     "passes": keys.passes,
+    "train_examples": train.num_examples,
+    "layer": setup.layer_of(config, "evaluate_from"),
     "protocol": "features",
     "checkpoint": config.checkpoint,
   }
@@ -135,28 +135,6 @@ def report(result: dict, path: str) -> str:
     path,
   ]
   return "\n".join(lines)
-
-
-def _encoder(config, classes, mesh):
-  """Returns ((variables, images) -> features, variables) of the checkpoint, or as the reference protocol begins."""
-  pretrained = config.checkpoint != setup.RANDOM
-  if pretrained:
-    setup.fits(config.to_dict(), checkpoint.read_config(config.checkpoint), config.checkpoint)
-  encoder = inference.encoder_of(config.model)
-  # With the head that is not used, so that a random encoder is the very one of the reference's protocol.
-  model = simclr.Classifier(encoder, setup.linear_head_of(config, classes))
-  params, batch_stats = state_lib.variables(
-    model, config.data.image_size, config.seed, mesh, split=setup.is_split(config)
-  )
-  params, batch_stats = {"encoder": params["encoder"]}, {"encoder": batch_stats["encoder"]}
-  if pretrained:
-    params, batch_stats = checkpoint.load_model(config.checkpoint, params, batch_stats)
-  whole = setup.whole_of(config, mesh)
-
-  def encode(variables, images):
-    return encoder.apply({**variables, "params": whole(variables["params"])}, images, train=False)
-
-  return encode, {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
 
 
 def _features(encode, variables, passes, mesh):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from simclr_jax import errors, loop, sharding
-from simclr_jax.data import arrays, device_augment, law, resident
+from simclr_jax.data import arrays, composition, device_augment, law, resident
 from simclr_jax.inference import DTYPES
 from simclr_jax.jobs import setup
 
@@ -35,19 +35,22 @@ class Feed:
   batch_of: Callable[[Any, jax.Array], Batch] | None = None
   most: int = 1
 
-  def steps(self, step_fn, state) -> loop.Streamed | loop.Resident:
-    """Returns what the loop runs for a step (state, batch) -> (state, metrics), whose states are placed as `state`."""
+  def steps(self, step_fn, state, *constants) -> loop.Streamed | loop.Resident:
+    """Returns what the loop runs for a step (state, batch, *constants) -> (state, metrics).
+
+    States stay placed as `state` is; the constants, trees of arrays on the devices, go to every step.
+    """
     if self.dataset is None:
-      return loop.Streamed(setup.jitted(step_fn, self.mesh, state), self.batches, self.mesh)
+      return loop.Streamed(setup.jitted(step_fn, self.mesh, state, *constants), self.batches, self.mesh, constants)
     replicated = sharding.replicated(self.mesh)
-    placement = jax.tree.map(lambda array: array.sharding, state)
+    placement, *others = (jax.tree.map(lambda array: array.sharding, tree) for tree in (state, *constants))
     jitted = jax.jit(
       loop.several(step_fn, self.batch_of, self.most),
-      in_shardings=(placement, replicated, replicated),
+      in_shardings=(placement, replicated, replicated, *others),
       out_shardings=(placement, replicated),
       donate_argnums=0,
     )
-    return loop.Resident(jitted, self.dataset, self.mesh, self.most)
+    return loop.Resident(jitted, self.dataset, self.mesh, self.most, constants)
 
   def first(self, count: int) -> Batch:
     """Returns the first rows of the first batch as the network sees them, on this process's first device."""
@@ -68,6 +71,8 @@ def pairs(config, source, mesh: jax.sharding.Mesh) -> Feed:
 def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
   """Returns what happens to an image on the host (None where it is resident), and to a batch inside the step."""
   knobs = config.augment
+  if knobs.compose:
+    return _law_of_compositions(config)
   crop = {"size": config.data.image_size, "flip": knobs.flip, "area": (knobs.min_area, knobs.max_area)}
   color = {
     "color_strength": knobs.color_strength,
@@ -87,6 +92,35 @@ def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
   crop["resize"] = setup.choice("augment.resize", knobs.resize, law.RESIZES)
   views = lambda batch: device_augment.distorted_pairs(batch["views"], keys(batch), **on_device)
   return lambda x, seed: {"views": _host().two_crops(x, seed, **crop)}, lambda batch: {**batch, "views": views(batch)}
+
+
+def _law_of_compositions(config):
+  """Returns `law_of_pairs` where `config.augment.compose` names what the second view goes through."""
+  knobs, area = config.augment, (config.augment.min_area, config.augment.max_area)
+  operations = composition.parse(knobs.compose)
+  if knobs.place != "device":
+    raise errors.UserError(
+      f"config.augment.compose is done on the devices, config.augment.place is {knobs.place!r}; set it to device."
+    )
+  on_device = {
+    "area": area,
+    "dtype": DTYPES[setup.choice("augment.dtype", knobs.dtype, DTYPES)],
+    **{name: knobs[name] for name in ("color_strength", "brightness", "color_probability", "grayscale_probability")},
+  }
+  keys = functools.partial(_keys, config.seed)
+  size = config.data.image_size
+  if config.data.resident:
+    views = lambda batch: composition.pairs_of_images(batch["image"], keys(batch), operations, size=size, **on_device)
+    return None, lambda batch: {**batch, "views": views(batch)}
+  crop = {
+    "size": size,
+    "flip": False,
+    "area": area,
+    "resize": setup.choice("augment.resize", knobs.resize, law.RESIZES),
+  }
+  views = lambda batch: composition.pairs_of_crops(batch["image"], keys(batch), operations, **on_device)
+  transform = lambda content, seed: {"image": _host().train_crop(content, seed, **crop)}
+  return transform, lambda batch: {**batch, "views": views(batch)}
 
 
 def singles(config, source, mesh: jax.sharding.Mesh, *, batch_size: int, min_area: float, key: str) -> Feed:

@@ -23,9 +23,9 @@ def load(config, mesh: jax.sharding.Mesh, *, job: str):
       f"{job} has no encoder; give --config.checkpoint=RUN, the workdir of a pretraining run (or `random`)."
     )
   pretrained = config.checkpoint != setup.RANDOM
-  if pretrained:
-    setup.fits(config.to_dict(), checkpoint.read_config(config.checkpoint), config.checkpoint)
   layer = setup.layer_of(config, "evaluate_from")
+  if pretrained:
+    setup.fits(config, config.checkpoint, head=bool(layer))
   model = simclr.Representation(
     inference.encoder_of(config.model), setup.projection_head_of(config) if layer else None, layer
   )

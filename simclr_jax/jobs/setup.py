@@ -5,10 +5,11 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from simclr_jax import checkpoint, errors, optim, sharding
-from simclr_jax.data import arrays, law, order, resident
+from simclr_jax.data import arrays, law, order, resident, subset
 from simclr_jax.inference import DTYPES
 from simclr_jax.models import heads
 
@@ -100,13 +101,35 @@ def _streamed(config, split):
 
 
 def labelled_splits(config, job: str):
-  """Returns the training split, which has labels, and the held-out one."""
-  if not config.data.eval_split:
-    raise errors.UserError(f"{job} counts on held-out images; set --config.data.eval_split, for example to test.")
-  train, held_out = (source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
+  """Returns the part of the training split whose labels `config.labels` gives away, and the held-out split."""
+  train, held_out = splits(config, job)
   if not train.num_classes:
     raise errors.UserError(f"{job} needs labels; {config.data.source} {config.data.name or config.data.dir} has none.")
-  return train, held_out
+  rows = labelled_rows(config, train)
+  return (train if len(rows) == train.num_examples else subset.take(train, rows)), held_out
+
+
+def splits(config, job: str):
+  """Returns the whole training split, and the held-out one."""
+  if not config.data.eval_split:
+    raise errors.UserError(f"{job} counts on held-out images; set --config.data.eval_split, for example to test.")
+  return tuple(source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
+
+
+def labelled_rows(config, source) -> np.ndarray:
+  """Returns the sorted row numbers of the examples whose labels `config.labels` gives away."""
+  keys = config.labels
+  if not 0 < keys.fraction <= 1:
+    raise errors.UserError(f"config.labels.fraction is {keys.fraction}; use a share above 0, at most 1, such as 0.01.")
+  if keys.ids:
+    if keys.fraction != 1:
+      raise errors.UserError("config.labels has a list of ids and a fraction; use one of them.")
+    return subset.listed(subset.names_of(source), keys.ids)
+  if keys.fraction == 1:
+    return np.arange(source.num_examples)
+  if not 0 <= keys.seed < 2**31:
+    raise errors.UserError(f"config.labels.seed is {keys.seed}; use one from 0 to {2**31 - 1}.")
+  return subset.balanced(subset.labels_of(source), keys.fraction, keys.seed)
 
 
 def check_order(source, **numbers) -> None:
@@ -199,15 +222,16 @@ def whole_of(config, mesh: jax.sharding.Mesh):
   return sharding.gathered(mesh) if is_split(config) else lambda params: params
 
 
-def jitted(step_fn, devices: jax.sharding.Mesh, state, /, **constants):
-  """Returns the jitted (state, batch) -> (state, metrics): one program for all devices, the state donated.
+def jitted(step_fn, devices: jax.sharding.Mesh, state, /, *arrays, **knobs):
+  """Returns the jitted (state, batch, *arrays) -> (state, metrics): one program for all devices, the state donated.
 
-  `state` is one, or its shapes, placed as the step's is to stay.
+  `state` is one, or its shapes, placed as the step's is to stay; so are the further `arrays`, trees that no step
+  changes.
   """
-  placement = jax.tree.map(lambda array: array.sharding, state)
+  placement, *others = (jax.tree.map(lambda array: array.sharding, tree) for tree in (state, *arrays))
   return jax.jit(
-    functools.partial(step_fn, **constants),
-    in_shardings=(placement, sharding.batched(devices)),
+    functools.partial(step_fn, **knobs),
+    in_shardings=(placement, sharding.batched(devices), *others),
     out_shardings=(placement, sharding.replicated(devices)),
     donate_argnums=0,
   )
@@ -244,7 +268,9 @@ def every(epochs: float, *, examples: int, batch_size: int) -> int:
   return max(1, round(epochs * round(examples / batch_size))) if epochs else 0
 
 
-def checkpoints_of(config, workdir: str, *, job: str, examples: int, batch_size: int) -> checkpoint.Checkpoints:
+def checkpoints_of(
+  config, workdir: str, *, job: str, examples: int, batch_size: int, classifier_layer: int = 0
+) -> checkpoint.Checkpoints:
   """Returns the run's checkpoints, once `workdir` is known to be this run's."""
   checkpoint.claim_workdir(workdir, config.to_dict(), job, FREE_KEYS)
   steps = functools.partial(every, examples=examples, batch_size=batch_size)
@@ -254,17 +280,21 @@ def checkpoints_of(config, workdir: str, *, job: str, examples: int, batch_size:
     every_steps=config.checkpoint_every_steps or steps(config.checkpoint_every_epochs),
     keep=config.keep_checkpoints,
     keep_every_steps=steps(config.keep_every_epochs),
+    classifier_layer=classifier_layer,
   )
 
 
-def fits(ours: dict, theirs: dict, path: str) -> None:
-  """Raises a UserError if the command asks for another encoder than the checkpoint's."""
-  for key, value in theirs["model"].items():
-    # Precision and what is computed again are the reader's choice; the arrays are the same.
-    if key not in ("dtype", "param_dtype", "remat") and ours["model"].get(key) != value:
+def fits(config, path: str, *, head: bool = False) -> None:
+  """Raises a UserError if the config asks for another encoder, or projection head, than the checkpoint's."""
+  ours, theirs = config.to_dict(), checkpoint.read_config(path)
+  # Precision and what is computed again are the reader's choice; the arrays are the same.
+  wanted = [("model", key) for key in theirs["model"] if key not in ("dtype", "param_dtype", "remat")]
+  wanted += [("head", key) for key in ("layers", "out_dim") if head]
+  for section, key in wanted:
+    if ours[section].get(key) != theirs[section][key]:
       raise errors.UserError(
-        f"checkpoint {path} was trained with config.model.{key} = {value!r}, not {ours['model'].get(key)!r}; "
-        "leave --config out to use the checkpoint's own."
+        f"checkpoint {path} was trained with config.{section}.{key} = {theirs[section][key]!r}, "
+        f"not {ours[section].get(key)!r}; leave --config out to use the checkpoint's own."
       )
 
 

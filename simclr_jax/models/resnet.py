@@ -21,6 +21,11 @@ def channels(base: int, width: float) -> int:
   return max(1, round(base * width))
 
 
+def group_of(name: str) -> int:
+  """Returns the block group, from 1, that a module of the encoder belongs to by its name; 0 for the stem."""
+  return 0 if name.startswith("stem_") else int(name.removeprefix("group").partition("_")[0])
+
+
 def remat_of_groups(remat: str) -> list[str]:
   """Returns the policies of the four block groups, from one for all (`convs`) or four (`blocks,convs,none,none`)."""
   policies = remat.replace(" ", "").split(",")

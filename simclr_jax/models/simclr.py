@@ -1,7 +1,11 @@
 """The two networks that the jobs train: SimCLR for pretraining, a classifier afterwards."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+
+from simclr_jax.models import resnet
 
 
 class SimCLR(nn.Module):
@@ -67,3 +71,27 @@ class Classifier(nn.Module):
     if self.projection_head is not None:
       h = self.projection_head(h, train=train and not self.frozen_head)[self.layer]
     return self.linear_head(h)
+
+
+def trained_part(model: Classifier, params: dict[str, Any]) -> dict[str, Any]:
+  """Returns the parameters that learn: a tree of the same form without the rest.
+
+  Of the projection head these are the layers up to the one that feeds the classifier. Those above it get no gradient;
+  the reference's TF2 code leaves them out as well, so that not even weight decay touches them.
+  """
+  encoder = {name: tree for name, tree in params["encoder"].items() if resnet.group_of(name) > model.after_block}
+  parts = {"encoder": encoder, "linear_head": params["linear_head"]}
+  if "projection_head" in params and not model.frozen_head:
+    head = params["projection_head"]
+    last = model.layer % (model.projection_head.layers + 1)
+    names = [f"{kind}{number}" for number in range(1, last + 1) for kind in ("dense", "bn")]
+    parts["projection_head"] = {name: head[name] for name in names}
+  return {name: tree for name, tree in parts.items() if tree}
+
+
+def merged(params: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+  """Returns `params` with the leaves of `part`, a tree of the same form with some of them, in place of its own."""
+  return {
+    name: merged(tree, part[name]) if name in part and isinstance(tree, dict) else part.get(name, tree)
+    for name, tree in params.items()
+  }
