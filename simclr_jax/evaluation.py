@@ -1,5 +1,6 @@
 """Evaluation of a split, each example exactly once: accuracies, features, and linear probes of them."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import linear_model, pipeline, preprocessing
 
-from simclr_jax import errors, sharding
+from simclr_jax import sharding
 
 
 def accuracy(
@@ -26,9 +27,7 @@ def accuracy(
   # Sums are integers or float32 of one batch, added up on the host: exact for any size of split.
   def count(variables, batch):
     logits, label, mask = logits_of(variables, batch["image"]), batch["label"], batch["mask"] > 0
-    own = jnp.take_along_axis(logits, label[:, None], axis=1)
-    loss = jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-    rank = ranks(logits, label)
+    loss, rank = cross_entropies(logits, label), ranks(logits, label)
     return {
       "top1": jnp.sum((rank < 1) & mask),
       "top5": jnp.sum((rank < 5) & mask),
@@ -44,6 +43,12 @@ def accuracy(
       totals[name] += float(value)
   examples = totals.pop("examples")
   return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+
+
+def cross_entropies(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns f32[N], the loss of each row of logits f32[N, K], given label i32[N]."""
+  own = jnp.take_along_axis(logits, label[:, None], axis=1)
+  return jax.nn.logsumexp(logits, axis=1) - own[:, 0]
 
 
 def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -67,6 +72,8 @@ def features(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (features f32[N, D], label i32[N]) of a whole split in the order of `index`, the same on every process.
 
+  A label may be a vector as well: i32[N, K] then.
+
   Args:
     encode: (variables, [B, H, W, 3]) -> [B, D].
     variables: handed to `encode`.
@@ -75,23 +82,32 @@ def features(
     mesh: where the batches go.
   """
 
+  rows_of = _rows_of(encode, mesh)
+  parts = []
+    for rows in batches:
+      batch = {key: rows[key] for key in ("image", "label", "mask")} | {"index": rows["index"].astype(np.int32)}
+      part = placed(variables, sharding.global_batch(mesh, batch))
+      # The device works on this batch while the last one's rows are fetched.
+      parts[-1:] = jax.device_get(parts[-1:])
+      parts.append(part)
+    table = jax.tree.map(lambda *columns: np.concatenate([np.asarray(column) for column in columns]), *parts)
+    real = np.flatnonzero(table["mask"] > 0)
+    order = real[np.argsort(table["index"][real], kind="stable")]
+    return {name: column[order] for name, column in table["row"].items()}
+
+  return read
+
+
+@functools.lru_cache(maxsize=4)
+def _rows_of(encode, mesh):
+  """Returns the jitted (variables, batch) -> rows of `features`: one compilation for all splits of an encoder."""
+
   def rows_of(variables, batch):
     x = encode(variables, batch["image"]).astype(jnp.float32)
     return {"x": x, **{name: batch[name] for name in ("label", "index", "mask")}}
 
   # Whole on every device, so that each process reads all rows, not its own alone.
-  rows_of = jax.jit(rows_of, out_shardings=sharding.replicated(mesh))
-  parts = []
-  for rows in batches:
-    batch = {key: rows[key] for key in ("image", "label", "mask")} | {"index": rows["index"].astype(np.int32)}
-    part = rows_of(variables, sharding.global_batch(mesh, batch))
-    # The device works on this batch while the last one's rows are fetched.
-    parts[-1:] = jax.device_get(parts[-1:])
-    parts.append(part)
-  table = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
-  real = np.flatnonzero(table["mask"] > 0)
-  order = real[np.argsort(table["index"][real], kind="stable")]
-  return table["x"][order], table["label"][order]
+  return jax.jit(rows_of, out_shardings=sharding.replicated(mesh))
 
 
 def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 1.0) -> float:
@@ -108,42 +124,3 @@ def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 
     preprocessing.StandardScaler(), linear_model.LogisticRegression(C=regularisation, max_iter=2000)
   )
   return float(probe.fit(train_x, train_y).score(test_x, test_y))
-
-
-def knn_accuracy(
-  train_x, train_y, test_x, test_y, *, k: int, temperature: float, classes: int, block: int = 256
-) -> float:
-  """Returns the held-out accuracy of a weighted nearest-neighbour classifier; Wu et al. 2018, section 3.4.
-
-  The k training features with the largest cosine similarity s vote for their labels with weight exp(s / temperature).
-
-  Args:
-    train_x: f32[N, D].
-    train_y: i32[N].
-    test_x: f32[M, D].
-    test_y: i32[M].
-    k: neighbours, at most N.
-    temperature: of the weights.
-    classes: number of labels.
-    block: test rows that are compared with all training rows at a time.
-  """
-  if not 0 < k <= len(train_x):
-    raise errors.UserError(f"k is {k} and there are {len(train_x)} training features; use 1 to {len(train_x)}.")
-  unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-  keys, labels = unit(jnp.asarray(train_x, jnp.float32)), jnp.asarray(train_y)
-
-  @jax.jit
-  def predicted(keys, labels, x):
-    similarity = jnp.matmul(unit(x), keys.T, precision=jax.lax.Precision.HIGHEST)
-    nearest, index = jax.lax.top_k(similarity, k)
-    # Only ratios count, and exp(1 / temperature) may be too large.
-    weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
-    votes = jnp.einsum("nk,nkc->nc", weights, jax.nn.one_hot(labels[index], classes, dtype=jnp.float32))
-    return jnp.argmax(votes, axis=1)
-
-  right = 0
-  for begin in range(0, len(test_x), block):
-    x, y = np.asarray(test_x[begin : begin + block], np.float32), np.asarray(test_y[begin : begin + block])
-    padded = np.pad(x, ((0, block - len(x)), (0, 0)))
-    right += int(np.sum(np.asarray(predicted(keys, labels, padded))[: len(x)] == y))
-  return right / len(test_x)
