@@ -81,9 +81,40 @@ def features(
       on every process.
     mesh: where the batches go.
   """
+  table = _feature_table(encode, mesh)(variables, batches)
+  return table["x"], table["label"]
 
-  rows_of = _rows_of(encode, mesh)
-  parts = []
+
+@functools.lru_cache(maxsize=4)
+def _feature_table(encode, mesh):
+  """Returns the `table_of` of `features`: one compilation for all splits of an encoder."""
+  rows_of = lambda variables, batch: {
+    "x": encode(variables, batch["image"]).astype(jnp.float32),
+    "label": batch["label"],
+  }
+  return table_of(rows_of, mesh)
+
+
+def table_of(
+  rows_of: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh
+) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
+  """Returns (variables, batches) -> what `rows_of` says of each example of a split, by name, in the order of `index`.
+
+  The same on every process. What is returned compiles once, however many splits and variables it is used on.
+
+  Args:
+    rows_of: (variables, batch of `image` and `label`) -> arrays [B, ...] by name.
+    mesh: where the batches go.
+  """
+
+  def placed(variables, batch):
+    return {"row": rows_of(variables, batch), "index": batch["index"], "mask": batch["mask"]}
+
+  # Whole on every device, so that each process reads all rows, not its own alone.
+  placed = jax.jit(placed, out_shardings=sharding.replicated(mesh))
+
+  def read(variables, batches):
+    parts = []
     for rows in batches:
       batch = {key: rows[key] for key in ("image", "label", "mask")} | {"index": rows["index"].astype(np.int32)}
       part = placed(variables, sharding.global_batch(mesh, batch))
@@ -96,18 +127,6 @@ def features(
     return {name: column[order] for name, column in table["row"].items()}
 
   return read
-
-
-@functools.lru_cache(maxsize=4)
-def _rows_of(encode, mesh):
-  """Returns the jitted (variables, batch) -> rows of `features`: one compilation for all splits of an encoder."""
-
-  def rows_of(variables, batch):
-    x = encode(variables, batch["image"]).astype(jnp.float32)
-    return {"x": x, **{name: batch[name] for name in ("label", "index", "mask")}}
-
-  # Whole on every device, so that each process reads all rows, not its own alone.
-  return jax.jit(rows_of, out_shardings=sharding.replicated(mesh))
 
 
 def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 1.0) -> float:

@@ -2,9 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from simclr_jax import errors, evaluation, sharding
+from simclr_jax import evaluation, sharding
 
 
 def batches(values, labels, size):
@@ -72,23 +71,3 @@ def test_features_of_a_split_come_once_in_the_order_of_its_index():
   assert features.dtype == np.float32
   np.testing.assert_array_equal(features, np.stack([2 * values, 2 * values], axis=1))
   np.testing.assert_array_equal(label, labels)
-
-
-def test_weighted_neighbours_vote_as_the_definition_says():
-  rng = np.random.default_rng(0)
-  train_x, test_x = rng.standard_normal((61, 7)), rng.standard_normal((37, 7))
-  # Cosine similarity: lengths must not count.
-  train_x, test_x = train_x * rng.uniform(0.1, 10, (61, 1)), test_x * rng.uniform(0.1, 10, (37, 1))
-  train_y, test_y = rng.integers(0, 5, 61), rng.integers(0, 5, 37)
-  for k, temperature in ((1, 0.1), (9, 0.1), (61, 0.02)):
-    right = 0
-    for x, y in zip(test_x, test_y, strict=True):
-      similarity = [x @ t / np.linalg.norm(x) / np.linalg.norm(t) for t in train_x]
-      votes = np.zeros(5)
-      for neighbour in sorted(range(61), key=lambda i: -similarity[i])[:k]:
-        votes[train_y[neighbour]] += np.exp(similarity[neighbour] / temperature)
-      right += np.argmax(votes) == y
-    keys = {"k": k, "temperature": temperature, "classes": 5, "block": 16}
-    assert evaluation.knn_accuracy(train_x, train_y, test_x, test_y, **keys) == right / 37, (k, temperature)
-  with pytest.raises(errors.UserError, match="61 training features"):
-    evaluation.knn_accuracy(train_x, train_y, test_x, test_y, k=62, temperature=0.1, classes=5)

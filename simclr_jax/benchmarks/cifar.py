@@ -6,7 +6,7 @@ import time
 import jax
 from etils import epath
 
-from simclr_jax import evaluation, inference
+from simclr_jax import inference, neighbours
 from simclr_jax.benchmarks import measure, step
 from simclr_jax.jobs import feature_eval, pretrain, setup
 
@@ -89,13 +89,13 @@ def train_and_evaluate(overrides: dict[str, str], workdir: str) -> dict:
   begin = time.monotonic()
   train, held_out = (setup.source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
   encode, _ = inference.load_encoder(config.checkpoint)
-  accuracy = evaluation.knn_accuracy(
+  (found,) = neighbours.accuracies(
     encode(train.images),
     train.labels,
     encode(held_out.images),
     held_out.labels,
-    k=min(NEIGHBOURS, train.num_examples),
-    temperature=TEMPERATURE,
+    neighbours=[min(NEIGHBOURS, train.num_examples)],
+    temperatures=[TEMPERATURE],
     classes=train.num_classes,
   )
   seconds["knn"] = time.monotonic() - begin
@@ -106,7 +106,7 @@ def train_and_evaluate(overrides: dict[str, str], workdir: str) -> dict:
   steps = pretrain.parts_of(config, examples=train.num_examples, classes=0)[3]
   return {
     "seconds": seconds,
-    "knn_top1": accuracy,
+    "knn_top1": found["top1"],
     "linear_top1": linear["eval/top1"],
     "lbfgs_top1": linear["eval/lbfgs_top1"],
     "epochs": steps * config.batch_size / train.num_examples,

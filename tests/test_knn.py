@@ -1,0 +1,118 @@
+"""Nearest neighbours: the definition's answer, on any number of devices, and never the matrix of all similarities."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from simclr_jax import __main__ as command
+from simclr_jax import errors, neighbours, sharding
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESHES = {"one device": lambda: None, "eight devices": sharding.data_mesh}
+KS, TEMPERATURES = [5, 200, 1], [0.07, 1.0]
+
+
+def twin(train_x, train_y, test_x, test_y, *, ks, temperatures, classes):
+  """Returns the accuracies by the definition, in float64."""
+  unit = lambda x: x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+  similarity = unit(test_x) @ unit(train_x).T
+  order = np.argsort(-similarity, axis=1, kind="stable")
+  found = []
+  for k in ks:
+    for temperature in temperatures:
+      ranks = []
+      for row, y in enumerate(test_y):
+        votes = np.zeros(classes)
+        for neighbour in order[row, :k]:
+          votes[train_y[neighbour]] += np.exp(similarity[row, neighbour] / temperature)
+        place = np.argsort(-votes, kind="stable").tolist().index(y)
+        ranks.append(place if votes[y] else classes)
+      top1, top5 = (np.mean(np.array(ranks) < top) for top in (1, 5))
+      found.append({"k": k, "temperature": temperature, "top1": top1, "top5": top5})
+  return found
+
+
+def drawn(*, ties, train=413, test=90, classes=9):
+  """Returns features whose classes overlap; with ties, most similarities occur many times, exactly."""
+  rng = np.random.default_rng(0)
+  sizes = (train, test)
+  if ties:
+    # Sixteen numbers of one size: their length is a power of two, and every similarity a multiple of 1/8.
+    x = [rng.choice([-1.0, 1.0], (size, 16)) for size in sizes]
+  else:
+    # Lengths must not count.
+    x = [rng.standard_normal((size, 16)) * rng.uniform(0.1, 10, (size, 1)) for size in sizes]
+  # To the class that a random direction is for, or to any.
+  directions = rng.standard_normal((16, classes))
+  y = [
+    np.where(rng.random(len(part)) < 0.7, np.argmax(part @ directions, axis=1), rng.integers(0, classes, len(part)))
+    for part in x
+  ]
+  return x[0].astype(np.float32), y[0], x[1].astype(np.float32), y[1]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("ties", [True, False])
+def test_every_k_and_temperature_is_what_the_definition_says(mesh, ties):
+  data = drawn(ties=ties)
+  keys = {"temperatures": TEMPERATURES, "classes": 9}
+  found = neighbours.accuracies(*data, neighbours=KS, mesh=MESHES[mesh](), queries=64, block=100, **keys)
+  wanted = twin(*data, ks=KS, **keys)
+  assert [(cell["k"], cell["temperature"]) for cell in found] == [(k, t) for k in KS for t in TEMPERATURES]
+  for ours, theirs in zip(found, wanted, strict=True):
+    assert ours == pytest.approx(theirs, abs=1e-12)
+  assert len({cell["top1"] for cell in found}) > 3
+
+
+@pytest.mark.parametrize("block", [7, 4096])
+def test_the_neighbours_are_the_same_ones_on_one_and_on_eight_devices(block):
+  train_x, _, test_x, _ = drawn(ties=True)
+  similarity = test_x.astype(np.float64) @ train_x.T.astype(np.float64) / 16
+  order = np.argsort(-similarity, axis=1, kind="stable")[:, :100]
+  for devices in (1, 8):
+    mesh = sharding.data_mesh(jax.devices()[:devices])
+    search, keys, queries = neighbours.searcher(train_x, 100, mesh=mesh, queries=len(test_x), block=block)
+    x = np.zeros((queries, 16), np.float32)
+    x[: len(test_x)] = test_x
+    found, index = jax.jit(search)(keys, x)
+    np.testing.assert_array_equal(np.asarray(index)[: len(test_x)], order)
+    np.testing.assert_array_equal(np.asarray(found)[: len(test_x)], np.take_along_axis(similarity, order, axis=1))
+
+
+def test_no_device_holds_all_training_rows_or_their_similarities():
+  rng = np.random.default_rng(0)
+  mesh = sharding.data_mesh()
+  train_x = rng.standard_normal((16_384, 32)).astype(np.float32)
+  search, keys, queries = neighbours.searcher(train_x, 10, mesh=mesh, queries=64, block=256)
+  assert {shard.data.shape for shard in keys.addressable_shards} == {(2048, 32)}
+  x = jax.device_put(np.zeros((queries, 32), np.float32), sharding.replicated(mesh))
+  compiled = jax.jit(search).lower(keys, x).compile()
+  text = compiled.as_text()
+  assert "f32[64,256]" in text
+  for shape in ("[64,2048]", "[64,16384]", "[16384,32]"):
+    assert shape not in text
+  # A block's similarities, with their rows and sorted, not those of the device's eight blocks.
+  assert compiled.memory_analysis().temp_size_in_bytes < 6 * 64 * (256 + 10) * 4
+
+
+def test_a_class_that_no_neighbour_has_is_never_right():
+  x = np.eye(4, dtype=np.float32)
+  (found,) = neighbours.accuracies(x[:2], [3, 3], x[:2], [0, 3], neighbours=[2], temperatures=[0.1], classes=5)
+  assert (found["top1"], found["top5"]) == (0.5, 0.5)
+
+
+def test_features_that_are_not_numbers_are_never_right():
+  train_x, train_y, test_x, test_y = drawn(ties=False)
+  train_x[7] = np.nan
+  keys = {"neighbours": [3], "temperatures": [0.1], "classes": 9}
+  (found,) = neighbours.accuracies(train_x, train_y, test_x, test_y, **keys)
+  assert (found["top1"], found["top5"]) == (0, 0)
+
+
+@pytest.mark.parametrize("k", [0, 414])
+def test_more_neighbours_than_there_are_images_are_refused(k):
+  with pytest.raises(errors.UserError, match=f"{k} neighbours asked for and there are 413 training images; use 1 to"):
+    neighbours.accuracies(*drawn(ties=False), neighbours=[3, k], temperatures=[0.1], classes=9)
