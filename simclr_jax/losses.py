@@ -1,4 +1,7 @@
-"""NT-Xent and its relatives SupCon and DCL, sharded over devices and computed in blocks of columns."""
+"""NT-Xent and its relatives SupCon and DCL, sharded over devices and computed in blocks of columns.
+
+`contrast` picks among them and the dense losses of `pair_losses`.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from simclr_jax import errors, sharding
+from simclr_jax import errors, pair_losses, sharding
 
-KINDS = ("nt_xent", "sup_con", "dcl")
+BLOCKWISE = ("nt_xent", "sup_con", "dcl")
+KINDS = BLOCKWISE + pair_losses.KINDS
+
+# Whose negatives may come from earlier steps too; a memory has no labels for sup_con.
+WITH_MEMORY = ("nt_xent", "dcl")
 
 # Columns of the similarity matrix that exist at one time, per device.
 DEFAULT_BLOCK = 256
@@ -94,30 +101,53 @@ def contrast(
   *,
   temperature: float | jax.Array,
   normalize: bool = True,
+  margin: float = 0.8,
+  memory: jax.Array | None = None,
+  filled: jax.Array | int | None = None,
   mesh: Mesh | None = None,
   block_size: int | None = None,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns loss and metrics of one of KINDS; the function of that name says what they are.
+  """Returns loss and metrics of one of KINDS, which the function of that name or `pair_losses.pair_loss` defines.
 
-  Only `sup_con` reads the labels.
+  Only `sup_con` reads the labels, and only the margin losses read the margin. The metrics are those of `nt_xent` for
+  every kind, with these embeddings and this temperature, and never see the memory.
+
+  Args:
+    kind: one of KINDS.
+    z: f32[N, 2, D], both views of an image together.
+    label: i32[N], see `sup_con`.
+    temperature, normalize, mesh, block_size: as for `nt_xent`.
+    margin: see `pair_losses.pair_loss`.
+    memory: f32[M, D], whole on every device and scored as it is: more negatives of every row, for WITH_MEMORY. Nothing
+      flows back into it.
+    filled: i32[], how many of its first rows there are by now; None for all.
   """
   devices = 1 if mesh is None else mesh.shape[sharding.AXIS]
   _check(kind, z, label, temperature, devices, block_size)
+  _check_pairs(kind, z, margin)
+  _check_memory(kind, z, memory)
   z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
   if normalize:
     z = l2_normalized(z)
   temperature = jnp.asarray(temperature, z.dtype)
+  if kind in pair_losses.KINDS:
+    loss = pair_losses.pair_loss(kind, z, temperature=temperature, margin=margin)
+    seen = lax.stop_gradient((z, temperature))
+    return loss, contrast("nt_xent", seen[0], temperature=seen[1], normalize=False, mesh=mesh, block_size=block_size)[1]
   label = jnp.asarray(label) if kind == "sup_con" else None
   block = DEFAULT_BLOCK if block_size is None else block_size
+  older = None
+  if memory is not None:
+    older = memory.astype(z.dtype), jnp.asarray(memory.shape[0] if filled is None else filled, jnp.int32)
   if mesh is None:
-    return _contrast(z, label, temperature, kind, None, block)
+    return _contrast(z, label, older, temperature, kind, None, block)
   sharded = jax.shard_map(
-    lambda z, label, temperature: _contrast(z, label, temperature, kind, sharding.AXIS, block),
+    lambda z, label, older, temperature: _contrast(z, label, older, temperature, kind, sharding.AXIS, block),
     mesh=mesh,
-    in_specs=(PartitionSpec(sharding.AXIS), PartitionSpec(sharding.AXIS), PartitionSpec()),
+    in_specs=(PartitionSpec(sharding.AXIS), PartitionSpec(sharding.AXIS), PartitionSpec(), PartitionSpec()),
     out_specs=PartitionSpec(),
   )
-  return sharded(z, label, temperature)
+  return sharded(z, label, older, temperature)
 
 
 def l2_normalized(z: jax.Array) -> jax.Array:
@@ -151,36 +181,66 @@ def _check(kind, z, label, temperature, devices, block_size) -> None:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _check_pairs(kind, z, margin) -> None:
+  if kind not in pair_losses.KINDS:
+    return
+  if z.shape[0] == 1:
+    raise errors.UserError(f"{kind} got 1 image, which has no negatives; use at least 2")
+  if kind.startswith("margin") and not margin > 0:
+    raise errors.UserError(f"{kind} got margin {margin}; it must be positive, for example 0.8")
+
+
+def _check_memory(kind, z, memory) -> None:
+  if memory is None:
+    return
+  if kind not in WITH_MEMORY:
+    raise errors.UserError(f"{kind} takes no negatives from a memory; use {' or '.join(WITH_MEMORY)}, or no memory")
+  if memory.ndim != 2 or memory.shape[1] != z.shape[2] or memory.shape[0] == 0:
+    raise errors.UserError(f"{kind} got a memory of shape {tuple(memory.shape)}; it wants [M, {z.shape[2]}]")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _contrast(
-  z: jax.Array, label: jax.Array | None, temperature: jax.Array, kind: str, axis: str | None, block: int
+  z: jax.Array,
+  label: jax.Array | None,
+  older: tuple[jax.Array, jax.Array] | None,
+  temperature: jax.Array,
+  kind: str,
+  axis: str | None,
+  block: int,
 ) -> tuple[jax.Array, Metrics]:
   """Returns loss and metrics of the whole batch from this device's f32[n, 2, D] and i32[n].
 
-  Without an axis there is one device.
+  Without an axis there is one device. `older` is a memory f32[M, D] with the number i32[] of its first rows that count.
   """
-  return _evaluate(z, label, temperature, kind, axis, block, with_gradient=False)[0]
+  return _evaluate(z, label, older, temperature, kind, axis, block, with_gradient=False)[0]
 
 
-def _forward(z, label, temperature, kind, axis, block):
+def _forward(z, label, older, temperature, kind, axis, block):
   # The loss is a scalar, so its gradient can be formed at once, while the logits are there for the entropy too.
-  result, grad = _evaluate(z, label, temperature, kind, axis, block, with_gradient=True)
-  return result, (z, temperature, grad)
+  result, (grad, from_memory) = _evaluate(z, label, older, temperature, kind, axis, block, with_gradient=True)
+  return result, (z, temperature, grad, from_memory)
 
 
 def _backward(kind, axis, block, residuals, cotangents):
-  z, temperature, grad = residuals
+  z, temperature, grad, from_memory = residuals
   grad = grad * cotangents[0]
-  # The loss depends on z / sqrt(temperature) alone.
-  temperature_grad = -jnp.sum(grad * z) / (2 * temperature)
-  return grad, None, temperature_grad if axis is None else lax.psum(temperature_grad, axis)
+  # Without a memory the loss depends on z / sqrt(temperature) alone; the memory is not divided along.
+  along = jnp.sum(grad * z)
+  if from_memory is not None:
+    along += from_memory * cotangents[0]
+  temperature_grad = -along / (2 * temperature)
+  return grad, None, None, temperature_grad if axis is None else lax.psum(temperature_grad, axis)
 
 
 _contrast.defvjp(_forward, _backward)
 
 
-def _evaluate(z, label, temperature, kind, axis, block, *, with_gradient):
-  """Returns (loss, metrics) and the gradient f32[n, 2, D] of the loss, or None."""
+def _evaluate(z, label, older, temperature, kind, axis, block, *, with_gradient):
+  """Returns (loss, metrics) and the gradient of the loss, if it is asked for.
+
+  That is the gradient f32[n, 2, D] and, with a memory, the memory's part of it times z, summed.
+  """
   n = z.shape[0]
   start = 0 if axis is None else lax.axis_index(axis) * n
   # A view at a time keeps the blocks two-dimensional, which is what TPU tiles want.
@@ -188,6 +248,8 @@ def _evaluate(z, label, temperature, kind, axis, block, *, with_gradient):
   columns = rows if axis is None else lax.all_gather(z, axis, tiled=True).swapaxes(0, 1)
   total = columns.shape[1]
   gap, positive, candidates, hits = _scores(rows, columns, start, temperature, block)
+  if older is not None:
+    gap = jnp.logaddexp(gap, _memory_lse(rows, *older, positive, temperature, block))
 
   if kind == "dcl":
     row_loss, pull = gap, jnp.full_like(gap[0], -2)
@@ -201,17 +263,21 @@ def _evaluate(z, label, temperature, kind, axis, block, *, with_gradient):
     row_loss = row_loss + spread
     pull = pull + (2 - groups[2])
 
-  grad = None
+  grad = from_memory = None
   if with_gradient:
     column_lse = row_lse if axis is None else lax.all_gather(row_lse, axis, axis=1, tiled=True)
     grad, entropies = _gradient(rows, columns, row_lse, column_lse, pull, groups, candidates, start, temperature, block)
+    if older is not None:
+      memory_grad = _memory_gradient(rows, *older, row_lse, temperature, block)
+      grad += memory_grad
+      from_memory = jnp.sum(memory_grad * rows) / (2 * total * temperature)
     grad = grad.swapaxes(0, 1) / (2 * total * temperature)
   else:
     entropies = _entropies(rows[0], columns[1], candidates, temperature, block)
 
   sums = (jnp.sum(jnp.mean(row_loss, axis=0)), jnp.sum(entropies), *hits)
   loss, entropy, acc, top1 = (x / total for x in (sums if axis is None else lax.psum(sums, axis)))
-  return (loss, {"contrast_acc": acc, "contrast_entropy": entropy, "contrast_top1": top1}), grad
+  return (loss, {"contrast_acc": acc, "contrast_entropy": entropy, "contrast_top1": top1}), (grad, from_memory)
 
 
 def _scores(rows, columns, start, temperature, block):
@@ -344,6 +410,37 @@ def _gradient(rows, columns, row_lse, column_lse, pull, groups, candidates, star
     carry = _over_blocks(add, carry, (columns[view], column_lse[view], labels), block)
   grad, entropies = carry
   return grad.reshape(2, n, dim), entropies
+
+
+def _memory_lse(rows, memory, filled, positive, temperature, block):
+  """Returns f32[2, n]: the log-sum-exp of rows f32[2, n, D] over the filled rows of a memory f32[M, D].
+
+  Less the own positive's similarity f32[2, n]; minus infinity where none is filled.
+  """
+
+  def add(carry, piece):
+    top, sums = carry
+    (vectors,), index = piece
+    products = jnp.where(index[None, None, :] < filled, _products(rows, vectors), -jnp.inf)
+    new_top = jnp.maximum(top, jnp.max(products, axis=2) / temperature)
+    return new_top, sums * jnp.exp(top - new_top) + _exponential_sums(products, new_top, temperature)
+
+  top, sums = _over_blocks(
+    add, (jnp.full_like(positive, jnp.finfo(rows.dtype).min), jnp.zeros_like(positive)), (memory,), block
+  )
+  return top - positive + jnp.log(sums)
+
+
+def _memory_gradient(rows, memory, filled, row_lse, temperature, block):
+  """Returns f32[2, n, D]: the sum over a memory f32[M, D] of exp(logit - row_lse) times its rows."""
+
+  def add(grad, piece):
+    (vectors,), index = piece
+    p = jnp.exp(_products(rows, vectors) / temperature - row_lse[..., None])
+    p = jnp.where(index[None, None, :] < filled, p, 0)
+    return grad + jnp.matmul(p, vectors, precision=lax.Precision.HIGHEST)
+
+  return _over_blocks(add, jnp.zeros_like(rows), (memory,), block)
 
 
 def _entropies(rows, columns, lse, temperature, block):

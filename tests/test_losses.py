@@ -131,7 +131,7 @@ def test_the_golden_numbers_of_the_reference_come_out():
     np.testing.assert_allclose(2 * evaluate(collapsed, temperature=0.1)[0], 2 * np.log(31), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_loss_and_gradient_are_those_of_the_dense_definition(x64, kind):
   z, label = jnp.asarray(random_views(7, 5)), np.array([0, 1, 0, 2, -7, 0, 1])
 
@@ -154,7 +154,7 @@ def test_loss_and_gradient_are_those_of_the_dense_definition(x64, kind):
   np.testing.assert_allclose(grad, want_grad, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_the_twins_gradient_is_the_slope_of_its_loss(kind):
   label = np.array([3, 5, 3, 4])
   for normalize in (True, False):
@@ -190,7 +190,7 @@ def test_eight_devices_equal_one(kind, n, dim, block_size, normalize):
         np.testing.assert_allclose(sharded_metrics[name], metrics[name], rtol=tolerance)
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_eight_devices_equal_one_on_near_duplicates(kind):
   # Two images in a thousandfold of others: nearly all that the gradient is made of cancels.
   z = random_views(40, 16, seed=5, noise=1e-3, dtype=np.float32)
@@ -204,9 +204,9 @@ def test_eight_devices_equal_one_on_near_duplicates(kind):
   np.testing.assert_allclose(grad, want_grad, rtol=0, atol=2e-4 * np.abs(want_grad).max())
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_any_shape_temperature_block_and_rows_give_the_definition(x64, kind):
-  rng = np.random.default_rng(losses.KINDS.index(kind))
+  rng = np.random.default_rng(losses.BLOCKWISE.index(kind))
   for trial in range(4):
     devices = int(rng.choice([1, 2, 3, 8]))
     n = devices * int(rng.integers(1, 9)) + (kind == "dcl" and devices == 1)
@@ -294,7 +294,7 @@ def test_the_three_names_are_the_three_kinds():
     losses.sup_con(z, label, temperature=0.5),
     losses.dcl(z, temperature=0.5),
   )
-  for (loss, metrics), kind in zip(jax.jit(three)(z), losses.KINDS, strict=True):
+  for (loss, metrics), kind in zip(jax.jit(three)(z), losses.BLOCKWISE, strict=True):
     want_loss, _, want_metrics = twin(z, kind, label, temperature=0.5)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     assert metrics.keys() == want_metrics.keys()
@@ -309,7 +309,7 @@ def test_the_loss_alone_and_its_metrics_are_those_of_the_gradients_call():
     np.testing.assert_allclose(alone[1][name], metrics[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_the_gradient_scales_with_what_comes_after_the_loss_and_metrics_have_none(kind):
   z, label = jnp.asarray(random_views(8, 4, dtype=np.float32)), np.arange(8) // 3
   mesh = sharding.data_mesh()
@@ -324,7 +324,7 @@ def test_the_gradient_scales_with_what_comes_after_the_loss_and_metrics_have_non
   np.testing.assert_array_equal(gradient(z, 0.0), 0)
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_the_temperature_can_be_learned(x64, kind):
   z, label = jnp.asarray(random_views(16, 4)), np.arange(16) // 3
   slope = (twin(z, kind, label, temperature=0.5 + 1e-6)[0] - twin(z, kind, label, temperature=0.5 - 1e-6)[0]) / 2e-6
@@ -353,7 +353,7 @@ def test_strongly_negative_similarities_do_not_overflow():
   assert np.isfinite(metrics["contrast_entropy"])
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_every_product_is_at_the_highest_precision(kind):
   # Accelerators round the factors otherwise, to bfloat16 or TF32, and a CPU would not show it.
   loss_fn = jax.value_and_grad(lambda z: losses.contrast(kind, z, np.arange(8), temperature=0.1), has_aux=True)
@@ -373,7 +373,7 @@ def compiled_on_eight_devices(kind, n, dim, block_size):
   return jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(z, label).compile()
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_no_device_holds_its_rows_of_the_logits(kind):
   n, dim, block_size = 128, 4, 16
   hlo = compiled_on_eight_devices(kind, n, dim, block_size).as_text()
@@ -394,7 +394,7 @@ def test_nothing_but_the_gathers_and_scalars_crosses_devices(kind, gathers):
       assert set(re.findall(r"\w+\[.*?\]", result)) == {"f32[]"}
 
 
-@pytest.mark.parametrize("kind", losses.KINDS)
+@pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_memory_grows_linearly_with_the_batch(kind):
   def peak(n):
     z, label = jax.ShapeDtypeStruct((n, 2, 32), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)

@@ -58,7 +58,7 @@ def unchunked_step_with_grouped_statistics(groups, loss_kind, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_kind", losses.KINDS)
+@pytest.mark.parametrize("loss_kind", losses.BLOCKWISE)
 def test_micro_batches_take_the_step_of_the_unchunked_model_with_grouped_statistics(loss_kind, x64):
   wanted = unchunked_step_with_grouped_statistics(3, loss_kind, np.float64)
   for devices in (1, 8):
