@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -157,6 +158,15 @@ class Telemetry:
 def read_rows(workdir: str) -> list[dict[str, float]]:
   """Returns the metric rows of a run, in order."""
   return [json.loads(line) for line in _complete_lines(epath.Path(workdir) / "metrics.jsonl")]
+
+
+def write_json(path: str, tree: Any) -> None:
+  """Writes a JSON file whole or not at all, whenever a kill comes; its folder is made if missing."""
+  target = epath.Path(path)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  partial = target.with_name(target.name + ".partial")
+  partial.write_text(json.dumps(tree, indent=2) + "\n")
+  partial.replace(target)
 
 
 def _shown(name: str, value: float) -> str:

@@ -116,3 +116,45 @@ def test_features_that_are_not_numbers_are_never_right():
 def test_more_neighbours_than_there_are_images_are_refused(k):
   with pytest.raises(errors.UserError, match=f"{k} neighbours asked for and there are 413 training images; use 1 to"):
     neighbours.accuracies(*drawn(ties=False), neighbours=[3, k], temperatures=[0.1], classes=9)
+
+
+TINY = [
+  f"--config={ROOT}/configs/cifar10.py",
+  "--config.data.source=shapes",
+  "--config.data.examples=80",
+  "--config.data.image_size=16",
+  "--config.model.depth=10",
+  "--config.model.width=0.0625",
+  "--config.eval_batch_size=24",
+  "--config.checkpoint=random",
+]
+
+
+def test_the_job_counts_every_combination_on_the_whole_split(tmp_path, capsys):
+  keys = ["--config.knn.neighbours=5,1", "--config.knn.temperatures=0.1,0.5", "--config.data.eval_split=train"]
+  assert command.main(["knn", *TINY, *keys, f"--workdir={tmp_path}"]) == 0
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert [(cell["k"], cell["temperature"]) for cell in result["table"]] == [(5, 0.1), (5, 0.5), (1, 0.1), (1, 0.5)]
+  assert (result["eval/knn_top1"], result["eval/knn_top5"]) == (result["table"][0]["top1"], result["table"][0]["top5"])
+  assert (result["eval/examples"], result["train/examples"], result["layer"]) == (80, 80, 0)
+  # Every image is its own nearest neighbour.
+  assert result["table"][2]["top1"] == 1
+  assert f"{100 * result['eval/knn_top1']:.2f} /" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("override", "said"),
+  [
+    ("knn.neighbours=5,81", "81 neighbours asked for and there are 80 training images; use 1 to 80"),
+    ("knn.neighbours=5,0", "config.knn.neighbours is '5,0'; give whole numbers above 0"),
+    ("knn.neighbours=", "config.knn.neighbours is ''; give whole numbers"),
+    ("knn.temperatures=0", "config.knn.temperatures is '0'; give numbers above 0"),
+    ("checkpoint=", "knn has no encoder; give --config.checkpoint=RUN"),
+  ],
+)
+def test_a_mistake_gets_one_line(tmp_path, capsys, override, said):
+  argv = [*TINY, "--config.knn.neighbours=5", f"--config.{override}", f"--workdir={tmp_path}"]
+  assert command.main(["knn", *argv]) == 2
+  err = capsys.readouterr().err
+  assert said in err
+  assert err.count("\n") == 1
