@@ -83,3 +83,47 @@ def take(source, rows: np.ndarray):
   return dataclasses.replace(
     source, name=name, num_examples=len(rows), examples=sources.rows_of(source, rows), pieces=(), names=names
   )
+
+
+def consecutive(source, begin: int, end: int):
+  """Returns the source of the rows `begin` to `end` of another; no other record is read. Rows keep their names."""
+  name = f"{source.name}, rows {begin} to {end}"
+  names = source.names[begin:end]
+  if isinstance(source, arrays.Arrays):
+    names = names or tuple(map(str, range(begin, end)))
+    cut = {"images": source.images[begin:end], "labels": source.labels[begin:end]}
+    return dataclasses.replace(source, name=name, names=names, **cut)
+  if not names and source.read_name is None:
+    names = tuple(map(str, range(begin, end)))
+  cut = {"num_examples": end - begin, "names": names}
+  if source.examples is not None:
+    examples = tuple(column[begin:end] for column in source.examples)
+    return dataclasses.replace(source, name=name, examples=examples, **cut)
+  from simclr_jax.data import sources
+
+  return dataclasses.replace(source, name=name, pieces=tuple(sources.cut(source.pieces, begin, end)), **cut)
+
+
+def sample(source, count: int, seed: int):
+  """Returns a source of at most `count` rows of another, spread over it, the same ones every time.
+
+  Seeded random rows of what is in memory, sorted. Of files the first records of each: those further on cost as much as
+  reading the file, and who writes such files shuffles them.
+  """
+  if count >= source.num_examples:
+    return source
+  if isinstance(source, arrays.Arrays) or source.examples is not None:
+    return take(source, np.sort(np.random.default_rng(seed).permutation(source.num_examples)[:count]))
+  files = len(source.pieces)
+  shares = [count * (i + 1) // files - count * i // files for i in range(files)]
+  pieces = [
+    dataclasses.replace(piece, take=min(piece.take, share))
+    for piece, share in zip(source.pieces, shares, strict=True)
+    if share
+  ]
+  return dataclasses.replace(
+    source,
+    name=f"{source.name}, {count} of {source.num_examples}",
+    num_examples=sum(piece.take for piece in pieces),
+    pieces=tuple(pieces),
+  )

@@ -20,10 +20,10 @@ import numpy as np
 import optax
 from etils import epath
 
-from simclr_jax import cost, errors, evaluation, figures, inference, losses, optim, sharding, telemetry
+from simclr_jax import cost, errors, figures, inference, losses, optim, sharding, telemetry
 from simclr_jax import loop as training_loop
 from simclr_jax import state as state_lib
-from simclr_jax.jobs import feed, input_profile, setup
+from simclr_jax.jobs import feed, input_profile, monitor, setup
 from simclr_jax.models import simclr
 
 SHOWN = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
@@ -152,7 +152,7 @@ def _micro_batched_gradients(network, contrast, decay, params, batch, whole, cou
 def run(
   config, workdir: str, *, profile_steps: str = "", profile_input: str = "", chip: str = "", mfu: str = "0.4"
 ) -> dict[str, float] | None:
-  """Pretrains, and returns (and writes to `result.json`) the accuracy of the online head if there is one."""
+  """Pretrains, and returns (and writes to `result.json`) what `monitor` measures at the end."""
   mesh = mesh_of(config)
   train = setup.source_of(config, config.data.train_split)
   if config.loss.kind == "sup_con" and not train.num_classes:
@@ -163,7 +163,7 @@ def run(
     forward = forward_flops(config, model, state_lib.abstract(model, config.data.image_size, tx, mesh, split=False))
     return input_profile.run(images, batch_size=config.batch_size, flops_per_image=3 * forward, chip=chip, mfu=mfu)
   sizes = {"examples": train.num_examples, "batch_size": config.batch_size}
-  evaluate = _online_accuracy(config, model, mesh) if model.linear_head and config.data.eval_split else None
+  evaluate = monitor.evaluate_of(config, model, mesh, train, images)
   profiled = setup.profiled_steps(profile_steps)
   checkpoints = setup.checkpoints_of(config, workdir, job="pretrain", **sizes)
 
@@ -258,18 +258,6 @@ def step_of(config, model, tx, schedule, mesh, prepare):
   )
 
 
-def _online_accuracy(config, model, mesh):
-  source = setup.source_of(config, config.data.eval_split)
-  rows = setup.evaluation_rows(config, source)
-
-  def evaluate(state):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits_of = lambda variables, images: model.apply(variables, images, train=False)[2]
-    return {f"eval/online_{k}": v for k, v in evaluation.accuracy(logits_of, variables, rows(), mesh).items()}
-
-  return evaluate
-
-
 def _finish(workdir, images, result):
   # By all processes: resident data is on the devices of all.
   views = images.first(figures.PAIRS)["views"]
@@ -282,8 +270,14 @@ def _finish(workdir, images, result):
         "train/contrast_acc": "contrastive (N-way)",
         "train/supervised_acc": "online head, training views",
         "eval/online_top1": "online head, held out",
+        "eval/knn_top1": "nearest neighbours, held out",
       },
       "Learning rate": {"train/learning_rate": "schedule"},
+      "Collapse watch: z on the sphere": {
+        "eval/alignment": "alignment (distance of views)",
+        "eval/uniformity": "uniformity (0: one point)",
+      },
+      "Collapse watch: effective rank": {"eval/rank_h": "of h, the encoder's", "eval/rank_z": "of z, the projection's"},
     }
     figures.curves(telemetry.read_rows(workdir), panels, str(folder / "figures" / "curves.png"), title="Pretraining")
     figures.view_pairs(np.asarray(views, np.float32), str(folder / "figures" / "view_pairs.png"))
