@@ -86,7 +86,7 @@ class Resident:
 
 
 def several(step_fn, batch_of, most: int):
-  """Returns (state, dataset, count, *constants) -> (state, metrics f[most]), `count` steps in one program, to be jitted.
+  """Returns (state, dataset, count, *constants) -> (state, metrics f[most]): `count` steps in one program, not jitted.
 
   One program for any count, so that the same steps give the same bits however they are dispatched, and nothing is
   compiled again where an evaluation or a checkpoint cuts in.

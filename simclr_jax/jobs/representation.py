@@ -1,8 +1,10 @@
 """The representation that a job reads: a checkpoint's encoder, and as much of the projection head as is asked for."""
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 
-from simclr_jax import checkpoint, errors, evaluation, inference
+from simclr_jax import checkpoint, errors, evaluation, inference, sharding
 from simclr_jax import state as state_lib
 from simclr_jax.jobs import setup
 from simclr_jax.models import simclr
@@ -45,3 +47,21 @@ def load(config, mesh: jax.sharding.Mesh, *, job: str):
 def of_split(encode, variables, config, source, mesh):
   """Returns f32[N, D] and label i32[N] of a whole split in order, by the evaluation's crop, on every process."""
   return evaluation.features(encode, variables, setup.evaluation_rows(config, source)(), mesh)
+
+
+def classifier(path: str, mesh: jax.sharding.Mesh):
+  """Returns ((variables, images) -> logits f[N, K], variables, K, config) of a checkpoint that has a classifier.
+
+  In inference mode, whole on every device; its classifier reads the layer of the projection head that it was trained
+  on.
+  """
+  config = ml_collections.ConfigDict(checkpoint.read_config(path))
+  classes, layer = checkpoint.classes(path), checkpoint.classifier_layer(path)
+  head = setup.projection_head_of(config) if layer else None
+  model = simclr.Classifier(inference.encoder_of(config.model), setup.linear_head_of(config, classes), head, layer)
+  images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
+  tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+  tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), tree)
+  params, batch_stats = checkpoint.load_model(path, tree["params"], tree["batch_stats"])
+  logits_of = lambda variables, images: model.apply(variables, images, train=False)
+  return logits_of, {"params": params, "batch_stats": batch_stats}, classes, config
