@@ -1,6 +1,6 @@
 """Linear classifiers of fixed features, many at once: a grid of stochastic ones, and logistic regressions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -116,7 +116,10 @@ def logistic_regression(
   tolerance: float,
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Returns multinomial logistic regressions, one for each strength of the L2 penalty, and how their searches ended.
+  """Returns logistic regressions, one for each strength of the L2 penalty, and how their searches ended.
+
+  Multinomial ones; where labels are vectors, one of two classes for each class, all at once: the sum of their
+  objectives, which is lowest where each of them is, with one strength for all.
 
   Each minimises mean cross-entropy + strength / 2 * ||kernel||^2 (scikit-learn's with C = 1 / (N strength); the bias
   is free). By `optax.lbfgs`, which is here already and runs where the features are: scikit-learn's would have one
@@ -129,7 +132,7 @@ def logistic_regression(
 
   Args:
     train_x: f[N, D], computed in its own type.
-    train_y: i32[N].
+    train_y: i32[N]; or i32[N, K], whether row n is of class k: 1 yes, 0 no, -1 (does not count) unknown.
     classes: K.
     l2_strengths: S of them.
     max_steps: of each search.
@@ -149,7 +152,7 @@ def logistic_regression(
 
   def objective(params, strength, x, y, share):
     logits = head.apply({"params": params}, x)
-    loss = jnp.sum(share * optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
+    loss = jnp.sum(share * _losses(logits, y))
     return loss + strength / 2 * jnp.sum(jnp.square(params["dense"]["kernel"]))
 
   def solve(params, strength, *data):
@@ -180,6 +183,32 @@ def logistic_regression(
   strengths = _whole(np.asarray(l2_strengths, x.dtype)[order], mesh)
   params, ended = jax.jit(path, out_shardings=sharding.replicated(mesh))(strengths, x, y, share)
   return params, jax.device_get(ended)
+
+
+def _losses(logits, y):
+  """Returns f[N]: softmax cross-entropies, or sums over the classes of sigmoid cross-entropies of known labels."""
+  if y.ndim == 1:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+  of_class = optax.losses.sigmoid_binary_cross_entropy(logits, jnp.maximum(y, 0).astype(logits.dtype))
+  return jnp.sum(jnp.where(y >= 0, of_class, 0), axis=1)
+
+
+def logits(params, x, *, mesh: jax.sharding.Mesh | None = None) -> Iterator[np.ndarray]:
+  """Yields f[M, K] for each classifier of a path.
+
+  Args:
+    params: of `heads.LinearHead`, with one more axis in front: kernel f[S, D, K], bias f[S, K].
+    x: f[M, D].
+    mesh: whose devices share the rows; None for one device.
+  """
+  mesh = mesh or _one_device()
+  of_rows = jax.jit(
+    lambda kernel, bias, x: jnp.dot(x, kernel, precision="highest") + bias[None],
+    out_shardings=sharding.replicated(mesh),
+  )
+  rows = _split(x, -(-len(x) // mesh.size) * mesh.size, mesh)
+  for kernel, bias in zip(params["dense"]["kernel"], params["dense"]["bias"], strict=True):
+    yield np.asarray(of_rows(kernel, bias, rows))[: len(x)]
 
 
 def accuracies(params, x, y, *, mesh: jax.sharding.Mesh | None = None) -> dict[str, np.ndarray]:

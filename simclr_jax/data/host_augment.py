@@ -130,6 +130,23 @@ def center_crop(image, size):
   return tf.clip_by_value(tf.cond(as_it_is, whole, crop) if size <= law.SMALL_IMAGE else crop(), 0.0, 1.0)
 
 
+def resized_center(image, size):
+  """Returns f32[..., size, size, 3] in [0, 1]: the shorter side resized to `size`, then the central square.
+
+  Bicubic with half-pixel centres and no antialiasing, as `crop_and_resize` and the images of pretraining, clipped. An
+  image that is `size` by `size` already is taken as it is.
+  """
+  image = tf.convert_to_tensor(image)
+  height, width = tf.unstack(tf.shape(image)[-3:-1])
+  shorter = tf.cast(tf.minimum(height, width), tf.float32)
+  resized = [tf.cast(tf.math.rint(tf.cast(side, tf.float32) * size / shorter), tf.int32) for side in (height, width)]
+  image, shape = _as_batch(tf.cast(image, tf.float32) / 255.0 if image.dtype == tf.uint8 else image)
+  image = RESIZES["bicubic"](images=image, size=resized, half_pixel_centers=True)
+  y, x = ((side - size) // 2 for side in resized)
+  square = tf.clip_by_value(image[:, y : y + size, x : x + size], 0.0, 1.0)
+  return tf.reshape(square, tf.concat([shape[:-3], [size, size, 3]], 0))
+
+
 def pretrain_view(
   image,
   seed,
@@ -237,6 +254,11 @@ def train_crop(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 
 def eval_view(content, *, size):
   """Returns the evaluation's `center_crop` f32[size, size, 3] of one image, f32[H, W, 3] in [0, 1], u8, or encoded."""
   return tf.ensure_shape(center_crop(sources.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
+
+
+def transfer_view(content, *, size):
+  """Returns the `resized_center` f32[size, size, 3] of one image, f32[H, W, 3] in [0, 1], u8, or encoded."""
+  return tf.ensure_shape(resized_center(sources.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
 
 
 def _split(seed):

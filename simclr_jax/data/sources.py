@@ -39,11 +39,13 @@ class Source:
     num_classes: 0 without labels.
     class_names: one for each class.
     read: a stored example (TensorFlow) to (content, label i32[], -1 if it has none); the content is an image
-      u8[H, W, 3] or the bytes of an encoded one.
+      u8[H, W, 3] or the bytes of an encoded one. Of a multi-label source the label is i32[num_classes]: 1 the image
+      shows the class, 0 it does not, -1 nobody can tell.
     examples: tensors whose row i is stored example i; None when the examples stay in `pieces`.
     pieces: of TFRecord files whose records, one after the other, are the stored examples.
     names: of the examples, where they come with the source; see `names_of`.
     read_name: a stored example (TensorFlow) to its name, where that is part of it.
+    multi_label: whether an image has any number of classes.
   """
 
   name: str
@@ -55,6 +57,7 @@ class Source:
   pieces: tuple[Piece, ...] = ()
   names: tuple[str, ...] = ()
   read_name: Callable | None = None
+  multi_label: bool = False
 
 
 def load(
@@ -68,6 +71,7 @@ def load(
   max_bad_share: float = 0.01,
   num_examples: int = 0,
   seed: int = 0,
+  multi_label: bool = False,
 ) -> Source:
   """Returns one split of a source.
 
@@ -80,9 +84,11 @@ def load(
     cache: whether the encoded images of TFDS or of a folder are kept in memory.
     max_bad_share: of the images of a folder that may be unreadable.
     num_examples, seed: of the shapes.
+    multi_label: whether a TFDS data set without the feature `label` may give its `labels`, any number of classes for an
+      image (VOC's are: what only `labels_no_difficult` leaves out is -1). Others see a data set without labels then.
   """
   if source == "tfds":
-    return _tfds(name, split, data_dir, cache)
+    return _tfds(name, split, data_dir, cache, multi_label)
   if source == "folder":
     return _folder(data_dir, split, cache, max_bad_share)
   if source == "arrays":
@@ -92,6 +98,13 @@ def load(
   raise errors.UserError(
     f'unknown data source "{source}"; use one of {", ".join(SOURCES)}{errors.nearest(source, SOURCES)}'
   )
+
+
+def split_names(source: str, *, name: str = "", data_dir: str = "") -> tuple[str, ...]:
+  """Returns the splits of a TFDS data set that is prepared, or of a folder (train, validation, test), by name."""
+  if source == "tfds":
+    return tuple(_builder(name, data_dir).info.splits)
+  return tuple(_split_folders([path.split(os.sep) for path in _files_of(data_dir)])) or ("train",)
 
 
 def in_memory(held: arrays.Arrays) -> Source:
@@ -176,7 +189,7 @@ def _on_host(*arrays):
 # TensorFlow Datasets.
 
 
-def _tfds(name, split, data_dir, cache):
+def _tfds(name, split, data_dir, cache, multi_label):
   builder = _builder(name, data_dir)
   where = f"{builder.info.full_name} in {builder.data_dir}"
   features = builder.info.features
@@ -203,10 +216,18 @@ def _tfds(name, split, data_dir, cache):
     ) from error
 
   label = kinds.get("label")
+  many = kinds.get("labels") if multi_label and "label" not in kinds else None
+  many = isinstance(many, tfds.features.Sequence) and isinstance(many.feature, tfds.features.ClassLabel)
+  label = kinds["labels"].feature if many else label
   labelled = isinstance(label, tfds.features.ClassLabel)
+  # Only what is used: others may be large to decode, as the masks of oxford_iiit_pet.
+  used = ("image", *(("labels", "labels_no_difficult") if many else ("label",) if labelled else ()))
+  wanted = tfds.features.FeaturesDict({key: kinds[key] for key in used if key in kinds})
 
   def read(record):
-    example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
+    example = wanted.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
+    if many:
+      return example["image"], _multi_hot(example, label.num_classes)
     return example["image"], tf.cast(example["label"], tf.int32) if labelled else tf.constant(-1)
 
   def read_name(record):
@@ -221,7 +242,17 @@ def _tfds(name, split, data_dir, cache):
     examples=(_all_rows(records(pieces)),) if cache else None,
     pieces=() if cache else pieces,
     read_name=read_name if isinstance(kinds.get("file_name"), tfds.features.Text) else None,
+    multi_label=many,
   )
+
+
+def _multi_hot(example, classes):
+  """Returns i32[classes]: 1 for `labels`, -1 for those of them that `labels_no_difficult` leaves out, 0 for others."""
+  present, sure = (
+    tf.minimum(tf.reduce_sum(tf.one_hot(example[key], classes, dtype=tf.int32), axis=0), 1)
+    for key in ("labels", "labels_no_difficult" if "labels_no_difficult" in example else "labels")
+  )
+  return 2 * sure - present
 
 
 def cut(pieces: Sequence[Piece], begin: int, end: int) -> list[Piece]:
@@ -285,13 +316,7 @@ def _builder(name, data_dir):
 
 
 def _folder(root, split, cache, max_bad_share):
-  if not root or not tf.io.gfile.isdir(root):
-    raise errors.UserError(f'no folder "{root}"; set data_dir to the folder that holds the images.')
-  files, others = _image_files(root)
-  if not files:
-    raise errors.UserError(f'no image in folder "{root}"; put files there that end in {", ".join(IMAGE_ENDINGS)}.')
-  if others:
-    log.info("%s: %d files that are no images are ignored.", root, others)
+  files = _files_of(root)
   paths, kinds, class_names = _choose(root, split, files)
   good = _readable(root, paths, max_bad_share)
   log.info("%s: split %s has %d images in %d classes.", root, split, len(good), len(class_names))
@@ -310,6 +335,18 @@ def _folder(root, split, cache, max_bad_share):
     examples=(content, labels),
     names=tuple(paths[number] for number in good),
   )
+
+
+def _files_of(root):
+  """Returns the sorted paths, relative to `root`, of the images under it; there is at least one."""
+  if not root or not tf.io.gfile.isdir(root):
+    raise errors.UserError(f'no folder "{root}"; set data_dir to the folder that holds the images.')
+  files, others = _image_files(root)
+  if not files:
+    raise errors.UserError(f'no image in folder "{root}"; put files there that end in {", ".join(IMAGE_ENDINGS)}.')
+  if others:
+    log.info("%s: %d files that are no images are ignored.", root, others)
+  return files
 
 
 def _image_files(root):
@@ -332,11 +369,7 @@ def _choose(root, split, files):
   The classes are those of all splits together, so that every split numbers them alike.
   """
   parts = [path.split(os.sep) for path in files]
-  tops = {names[0] for names in parts if len(names) > 1}
-  splits = {name: top for name, known in SPLIT_FOLDERS.items() for top in sorted(tops) if top in known}
-  # A class may be called "train": folders of splits come in numbers, or alone.
-  if len(splits) < 2 and tops - set(splits.values()):
-    splits = {}
+  splits = _split_folders(parts)
   wanted = next((name for name, known in SPLIT_FOLDERS.items() if split in known), split)
   if wanted not in (splits or ("train",)):
     known = list(splits.values()) or ["train"]
@@ -355,6 +388,14 @@ def _choose(root, split, files):
   chosen = [names for names in used if not splits or names[0] == splits[wanted]]
   kinds = [names[depth] if class_names else "" for names in chosen]
   return [os.path.join(*names) for names in chosen], kinds, class_names
+
+
+def _split_folders(parts):
+  """Returns {split: its folder}, empty where there are none, given the parts of each image's path."""
+  tops = {names[0] for names in parts if len(names) > 1}
+  splits = {name: top for name, known in SPLIT_FOLDERS.items() for top in sorted(tops) if top in known}
+  # A class may be called "train": folders of splits come in numbers, or alone.
+  return {} if len(splits) < 2 and tops - set(splits.values()) else splits
 
 
 def _readable(root, paths, max_bad_share):
