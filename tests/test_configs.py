@@ -1,14 +1,18 @@
 """The experiments: all have the same keys, and their recipes are the published ones."""
 
+import inspect
 import pathlib
+import re
 
 import jax.numpy as jnp
 import pytest
 
 from simclr_jax import __main__ as command
 from simclr_jax import checkpoint, optim
+from simclr_jax.models import resnet
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+PACKAGE = pathlib.Path(command.__file__).parent
 
 
 def config(name):
@@ -59,3 +63,53 @@ def test_v1_and_v2_differ_where_the_papers_do():
   assert (one.head.layers, two.head.layers) == (2, 3)
   assert (one.optimizer.weight_decay, two.optimizer.weight_decay) == (1e-6, 1e-4)
   assert (one.augment.brightness, two.augment.brightness) == ("additive", "multiplicative")
+
+
+@pytest.mark.parametrize(
+  ("variant", "examples", "steps", "rate", "layer"),
+  [
+    ("v1_1pct", 12_811, 188, 0.8, 0),
+    ("v1_10pct", 128_116, 939, 0.8, 0),
+    ("v2_1pct", 12_811, 751, 0.16, 1),
+    ("v2_10pct", 128_116, 3_754, 0.16, 1),
+    ("v2_100pct", 1_281_167, 37_535, 0.16, 0),
+    ("supervised", 1_281_167, 28_151, 1.6, 0),
+  ],
+)
+def test_the_fine_tunings_take_the_published_steps(variant, examples, steps, rate, layer):
+  keys = config(f"imagenet_finetune.py:{variant}")
+  recipe = keys.finetune
+  assert optim.total_steps(examples, recipe.total_epochs, recipe.batch_size) == steps
+  scale = recipe.batch_size / 256 if recipe.optimizer.scaling == "linear" else recipe.batch_size**0.5
+  assert recipe.optimizer.base_learning_rate * scale == pytest.approx(rate)
+  assert (recipe.optimizer.warmup_epochs, recipe.zero_init, keys.head.finetune_from) == (0.0, True, layer)
+
+
+def test_every_key_is_read_by_a_job():
+  files = [*(PACKAGE / "jobs").glob("*.py"), PACKAGE / "inference.py"]
+  unread = [key for key in checkpoint.flat(config("base.py").to_dict()) if not any(reads(file, key) for file in files)]
+  assert not unread
+  # This section is handed on whole.
+  assert inspect.signature(resnet.ResNet).parameters.keys() >= config("base.py").model.to_dict().keys()
+
+
+def reads(file, key):
+  """Whether the file has `config.section.leaf`, the same through a name for the section, or the leaf as a string."""
+  text = file.read_text()
+  *sections, leaf = key.split(".")
+  if sections[:1] == ["model"]:
+    return file.name == "inference.py"
+  if sections[-1:] == ["optimizer"] and len(sections) > 1:
+    return file.name == "classifier.py" and "recipe.optimizer" in text
+  holder = ".".join(["config", *sections])
+  names = [re.escape(holder), *re.findall(rf"(?m)^ *(\w+) = {re.escape(holder)}$", text)]
+  names += re.findall(rf"(?m)^ *(\w+), \w+ = {re.escape(holder)}[,.]", text)
+  # What functions call the section that they are given.
+  names += {"optimizer": ["keys"]}.get(key.partition(".")[0], []) if file.name == "setup.py" else []
+  names += ["recipe"] if file.name == "classifier.py" and sections[:1] in RECIPES else []
+  if re.search(rf"\b(?:{'|'.join(names)})\.{leaf}\b", text):
+    return True
+  return sections[:1] == ["head"] and f'"{leaf}"' in text
+
+
+RECIPES = (["linear_eval"], ["finetune"], ["distill"])
