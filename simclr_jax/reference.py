@@ -36,6 +36,15 @@ class Norm(NamedTuple):
   path: Path
 
 
+class Form(NamedTuple):
+  """What decides the encoder's layers; see `encoder_layers`."""
+
+  depth: int
+  stem: str
+  selective: bool
+  squeeze: bool
+
+
 def encoder_layers(depth: int, *, stem: str, selective: bool, squeeze: bool) -> Iterator[Conv | Norm]:
   """Yields the encoder's layers in the order in which the reference creates, so numbers, them.
 
@@ -115,7 +124,8 @@ def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
   """
   result = {}
   if any(name.startswith("base_model/") for name in shapes):
-    layers = _fitting_layers(shapes)
+    form = form_of(shapes)
+    layers = list(encoder_layers(**form._asdict()))
     _check_norms(layers, shapes)
     result |= encoder_paths(layers)
   matches = [re.match(r"head_contrastive/(n?l)_(\d+)/", name) for name in shapes]
@@ -141,8 +151,15 @@ def _norm_paths(name: str, path: Path, *, beta: bool = True) -> dict[str, Path]:
   }
 
 
-def _fitting_layers(shapes: Mapping[str, tuple[int, ...]]) -> list[Conv | Norm]:
-  """Returns the layers of the one architecture whose kernels are those given, in this order."""
+def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
+  """Returns the one form of encoder whose kernels are those given, in this order.
+
+  Args:
+    shapes: by reference name; what is not a variable of the encoder does not count.
+
+  Raises:
+    UserError: there is none.
+  """
   kernels = {}
   for name, shape in shapes.items():
     match = re.fullmatch(r"base_model/conv2d(?:_([1-9]\d*))?/kernel", name)
@@ -157,9 +174,10 @@ def _fitting_layers(shapes: Mapping[str, tuple[int, ...]]) -> list[Conv | Norm]:
   # Biases decide first: a selective kernel's 1x1 convolutions look like squeeze-and-excite's.
   biases = any(re.fullmatch(r"base_model/conv2d(_\d+)?/bias", name) for name in shapes)
   for squeeze, depth, stem, selective in itertools.product((biases, not biases), resnet.BLOCKS, STEMS, (False, True)):
-    layers = list(encoder_layers(depth, stem=stem, selective=selective, squeeze=squeeze))
+    form = Form(depth, stem, selective, squeeze)
+    layers = encoder_layers(**form._asdict())
     if sides == [layer.kernel for layer in layers if isinstance(layer, Conv)]:
-      return layers
+      return form
   known = ", ".join(map(str, resnet.BLOCKS))
   raise errors.UserError(
     f"the {len(sides)} convolutions of base_model (kernels {', '.join(map(str, sides[:6]))}, ...) "

@@ -1,0 +1,120 @@
+"""The network that the reference's variables belong to: depth, width, ratios and heads, from their shapes alone."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from simclr_jax import errors, reference
+from simclr_jax.models import resnet
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Where shapes leave a ratio open (32 channels are the least of a selective kernel), the one of all v2 releases.
+RELEASED_SK_RATIO = 0.0625
+SMALLEST_REDUCTION = 32
+
+
+class Architecture(NamedTuple):
+  """A network of ours.
+
+  Attributes:
+    encoder: keyword arguments of `resnet.ResNet`: depth, width, sk_ratio, se_ratio, small_images.
+    dims: numbers in h, and in the output of each layer of the projection head.
+    classes: of the linear head; 0 where there is none.
+    classifier_dim: how many numbers the linear head reads.
+  """
+
+  encoder: dict[str, int | float | bool]
+  dims: tuple[int, ...]
+  classes: int
+  classifier_dim: int
+
+  @property
+  def layers(self) -> int:
+    """Of the projection head; 0 where there is none."""
+    return len(self.dims) - 1
+
+
+def of(shapes: Shapes) -> Architecture:
+  """Returns the network whose variables have these names and shapes; `reference.paths` checked the names.
+
+  Args:
+    shapes: by reference name.
+
+  Raises:
+    UserError: there is no encoder, or no width and ratio give its channels.
+  """
+  if not any(name.startswith("base_model/") for name in shapes):
+    raise errors.UserError("there is no encoder (base_model/...) among the variables; give a whole checkpoint.")
+  kernels = {
+    int(name.split("/")[1].rpartition("_")[2]): shape
+    for name, shape in shapes.items()
+    if name.startswith("head_contrastive/") and name.endswith("/dense/kernel")
+  }
+  encoder, features = _encoder(shapes)
+  classifier_dim, classes = shapes.get("head_supervised/linear_layer/dense/kernel", (0, 0))
+  return Architecture(encoder, (features, *(kernels[n][-1] for n in sorted(kernels))), classes, classifier_dim)
+
+
+def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
+  """Returns the keyword arguments of `resnet.ResNet`, and how many numbers its output has."""
+  form = reference.form_of(shapes)
+  channels = {
+    path[2:-1]: shapes[name][-1]
+    for name, path in reference.encoder_paths(reference.encoder_layers(**form._asdict())).items()
+    if path[-1] == "kernel"
+  }
+  blocks = [f"group{group}_block1" for group in range(1, 5)]
+  if form.selective:
+    filters = [channels[block, "selective", "conv"] // 2 for block in blocks]
+  else:
+    filters = [channels[block, "conv2" if form.depth in resnet.BOTTLENECK_BLOCKS else "conv1"] for block in blocks]
+  sk_ratio = se_ratio = 0.0
+  if form.selective:
+    reduced = [channels[block, "selective", "reduce"] for block in blocks]
+    sk_ratio = _ratio("selective kernels", filters, reduced, SMALLEST_REDUCTION, (RELEASED_SK_RATIO,))
+  elif form.stem == "three":
+    # Basic blocks have ResNet-D's parts for any ratio above 0, and no selective kernels.
+    sk_ratio = RELEASED_SK_RATIO
+  if form.squeeze:
+    reduced = [channels[block, "squeeze_excite", "reduce"] for block in blocks]
+    se_ratio = _ratio("squeeze-and-excite", filters, reduced, 1)
+  encoder = {
+    "depth": form.depth,
+    "width": _width(filters),
+    "sk_ratio": sk_ratio,
+    "se_ratio": se_ratio,
+    "small_images": form.stem == "small",
+  }
+  return encoder, channels[blocks[-1], "conv3" if form.depth in resnet.BOTTLENECK_BLOCKS else "conv2"]
+
+
+def _width(filters: list[int]) -> float:
+  """Returns the width multiplier that makes 64, 128, 256 and 512 channels these."""
+  bases = [64 * 2**group for group in range(4)]
+  low = max((count - 0.5) / base for count, base in zip(filters, bases, strict=True))
+  high = min((count + 0.5) / base for count, base in zip(filters, bases, strict=True))
+  fits = lambda width: all(resnet.channels(b, width) == f for b, f in zip(bases, filters, strict=True))
+  return _simplest(f"channels {filters} are those of no width", low, high, fits)
+
+
+def _ratio(what: str, filters: list[int], reduced: list[int], least: int, preferred: Iterable[float] = ()) -> float:
+  """Returns the ratio for which max(int(filters * ratio), least) is what each group has."""
+  pairs = list(zip(filters, reduced, strict=True))
+  low = max(0 if count == least else count / base for base, count in pairs)
+  high = min((count + 1) / base for base, count in pairs)
+  fits = lambda ratio: all(max(int(base * ratio), least) == count for base, count in pairs)
+  return _simplest(
+    f"{what} that reduce {filters} channels to {reduced} have no common ratio", low, high, fits, preferred
+  )
+
+
+def _simplest(
+  problem: str, low: float, high: float, fits: Callable[[float], bool], preferred: Iterable[float] = ()
+) -> float:
+  """Returns the number between `low` and `high` that fits and has the fewest digits, or a preferred one that fits."""
+  middle = (low + high) / 2
+  candidates = [*preferred, *(round(middle, digits) for digits in range(10))]
+  for candidate in candidates:
+    if candidate > 0 and fits(candidate):
+      return float(candidate)
+  raise errors.UserError(f"{problem}; these variables are no network of the reference.")

@@ -1,0 +1,226 @@
+"""Weights in the files that the reference writes, TF1 and TF2, under the names that they have in TF1."""
+
+import collections
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from simclr_jax import errors
+
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+# v2's pretraining keeps a second network, the average of the first one, under this scope; TensorFlow's own averages
+# carry a suffix.
+EMA_SCOPE = "ema_model/"
+EMA_SUFFIX = "/ExponentialMovingAverage"
+
+# What a file holds beside weights, and how it is told.
+LEFT_OUT = {
+  "optimizer slots": r".*/(Momentum|LARSOptimizer|Adam|Adam_1)|beta[12]_power",
+  "step counters": r"global_step|save_counter|(.*/)?iter",
+  "v2's memory of embeddings": r"memory(/.*)?",
+}
+# The same in a TF2 checkpoint, by the key under which the object keeps it.
+LEFT_OUT_KEYS = {
+  "optimizer slots": r".*/\.OPTIMIZER_SLOT/.*|optimizer/.*",
+  "step counters": r"(global_step|save_counter)/.*",
+}
+
+LEAVES = "kernel|bias|gamma|beta|moving_mean|moving_variance"
+
+
+class Contents(NamedTuple):
+  """The weights in a file.
+
+  Attributes:
+    path: what was read, without the suffix `.index`.
+    form: `TF1 checkpoint`, `TF1 hub module`, `TF2 checkpoint` or `TF2 SavedModel`.
+    variables: f32 arrays by TF1 name.
+    left_out: how many variables of each kind were not taken.
+    notes: sentences on what was taken in place of something else.
+  """
+
+  path: str
+  form: str
+  variables: dict[str, np.ndarray]
+  left_out: dict[str, int]
+  notes: list[str]
+
+
+def read(source: str, *, ema: bool) -> Contents:
+  """Returns the weights in a checkpoint or SavedModel of the reference.
+
+  Args:
+    source: a checkpoint's prefix (`model.ckpt-250228`) or one of its files, or the folder of a checkpoint or of a
+      SavedModel; local or gs://.
+    ema: take the moving averages of the weights in place of the weights.
+
+  Raises:
+    UserError: there is none, it cannot be read, or it holds no moving averages.
+  """
+  if importlib.util.find_spec("tensorflow") is None:
+    raise errors.UserError(
+      f"{source} is read by TensorFlow, which is not installed; install it (pip install tensorflow-cpu)."
+    )
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+  prefix, is_saved_model = _find(source, tf)
+  reader = _checked(prefix, tf.train.load_checkpoint, prefix)
+  keys = reader.get_variable_to_shape_map()
+  is_tf2 = OBJECT_GRAPH in keys
+  tensor = lambda key: _checked(prefix, reader.get_tensor, key)
+  names, left_out = _tf2_names(tensor(OBJECT_GRAPH)) if is_tf2 else _without_rest({key: key for key in keys})
+  names, notes = _chosen(names, left_out, ema=ema)
+  variables = {name: np.asarray(tensor(key), np.float32) for name, key in sorted(names.items())}
+  tf1, tf2 = ("TF1 hub module", "TF2 SavedModel") if is_saved_model else ("TF1 checkpoint", "TF2 checkpoint")
+  return Contents(prefix, tf2 if is_tf2 else tf1, variables, dict(left_out), notes)
+
+
+def tf1_names(full_names: Mapping[str, str]) -> dict[str, str]:
+  """Returns TF1 name -> value of {the name that a variable has in the TF2 code: value}.
+
+  The TF2 code nests the scopes of its layers (`resnet/block_group1/bottleneck_block/conv2d_fixed_padding_1/conv2d_1/
+  kernel`), says `sync_batch_normalization` where statistics are global, and numbers the layers of each class through
+  the whole network, in order of creation, which is TF1's: shortcuts come first in their block. A name that is not of
+  the network stays as it is.
+  """
+  scope = r"(?:.*/)?"
+  norm = r"(?:sync_)?batch_normalization"
+  encoder = re.compile(rf"{scope}resnet(?:_\d+)?/{scope}(conv2d|{norm})(?:_(\d+))?/({LEAVES})")
+  projection = re.compile(rf"{scope}projection_head(?:_\d+)?/(n?l_\d+)/{scope}(dense|{norm})(?:_\d+)?/({LEAVES})")
+  linear = re.compile(rf"{scope}head_supervised(?:_\d+)?/linear_layer/dense(?:_\d+)?/({LEAVES})")
+  matches = {name: encoder.fullmatch(name) for name in full_names}
+  # A process that built another network before goes on counting where that one ended.
+  first = {
+    kind: min((int(m[2] or 0) for m in matches.values() if m and _kind(m[1]) == kind), default=0)
+    for kind in ("conv2d", "batch_normalization")
+  }
+  result, origin = {}, {}
+  for name, value in full_names.items():
+    renamed = name
+    if match := matches[name]:
+      kind = _kind(match[1])
+      number = int(match[2] or 0) - first[kind]
+      renamed = f"base_model/{kind}{f'_{number}' if number else ''}/{match[3]}"
+    elif match := projection.fullmatch(name):
+      renamed = f"head_contrastive/{match[1]}/{_kind(match[2])}/{match[3]}"
+    elif match := linear.fullmatch(name):
+      renamed = f"head_supervised/linear_layer/dense/{match[1]}"
+    if renamed in result:
+      raise errors.UserError(
+        f'"{origin[renamed]}" and "{name}" are both {renamed} of the network; give a file with one network.'
+      )
+    result[renamed], origin[renamed] = value, name
+  return result
+
+
+def _kind(layer: str) -> str:
+  return layer.removeprefix("sync_")
+
+
+def _find(source: str, tf) -> tuple[str, bool]:
+  """Returns the prefix of the checkpoint that `source` is or holds, and whether it is a SavedModel's."""
+  files = tf.io.gfile
+  path = source.rstrip("/")
+  if files.isdir(path):
+    if files.exists(f"{path}/saved_model.pb"):
+      if not files.exists(f"{path}/variables/variables.index"):
+        raise errors.UserError(f"{path} has a saved_model.pb but no variables/variables.index; is it complete?")
+      return f"{path}/variables/variables", True
+    found = sorted(name.removesuffix(".index") for name in files.listdir(path) if name.endswith(".index"))
+    state = tf.train.get_checkpoint_state(path) if files.exists(f"{path}/checkpoint") else None
+    # The file `checkpoint` may name the folder in which it was written.
+    latest = state.model_checkpoint_path.rpartition("/")[2] if state else ""
+    if latest in found or len(found) == 1:
+      return f"{path}/{latest if latest in found else found[0]}", False
+    held = f"{len(found)} checkpoints ({', '.join(found[:3])})" if found else "no checkpoint"
+    raise errors.UserError(
+      f"{path} holds {held}; give a prefix, such as {path}/{found[0] if found else 'model.ckpt-0'}."
+    )
+  prefix = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path)
+  if files.exists(f"{prefix}.index"):
+    return prefix, False
+  if files.exists(path):
+    raise errors.UserError(f"{path} is no TensorFlow checkpoint, which has a file ending in .index; give its prefix.")
+  raise errors.UserError(f"--source={source} does not exist, nor {prefix}.index; give a checkpoint or SavedModel.")
+
+
+def _checked(prefix: str, call, argument: str):
+  """Returns call(argument), or raises a UserError where TensorFlow finds no whole checkpoint."""
+  from tensorflow import errors as tf_errors
+
+  try:
+    return call(argument)
+  except (tf_errors.OpError, IndexError) as error:  # IndexError: a file that ends too early.
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(f"{prefix} cannot be read as a checkpoint: {reason}; is it complete?") from error
+
+
+def _tf2_names(object_graph: bytes) -> tuple[dict[str, str], collections.Counter]:
+  """Returns TF1 name -> key in the file, and what was left out, of a checkpoint that holds a graph of objects."""
+  from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+  graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
+  keys = [
+    (attribute.full_name.removesuffix(":0") or attribute.checkpoint_key, attribute.checkpoint_key)
+    for node in graph.nodes
+    for attribute in node.attributes
+    if attribute.name == "VARIABLE_VALUE"
+  ]
+  left_out, weights = collections.Counter(), {}
+  for name, key in keys:
+    if kind := _kind_of_rest(key, LEFT_OUT_KEYS):
+      left_out[kind] += 1
+    elif name in weights:
+      raise errors.UserError(f'two variables of {key} have the name "{name}"; give a file with one network.')
+    else:
+      weights[name] = key
+  names, rest = _without_rest(weights)
+  return tf1_names(names), left_out + rest
+
+
+def _without_rest(names: Mapping[str, str]) -> tuple[dict[str, str], collections.Counter]:
+  """Returns the names that may be weights, and how many were left out by kind."""
+  kinds = {name: _kind_of_rest(name, LEFT_OUT) for name in names}
+  return (
+    {name: key for name, key in names.items() if not kinds[name]},
+    collections.Counter(kind for kind in kinds.values() if kind),
+  )
+
+
+def _kind_of_rest(name: str, patterns: Mapping[str, str]) -> str:
+  return next((kind for kind, pattern in patterns.items() if re.fullmatch(pattern, name)), "")
+
+
+def _chosen(names: Mapping[str, str], left_out: collections.Counter, *, ema: bool) -> tuple[dict[str, str], list[str]]:
+  """Returns the names of the weights, or of their moving averages under the weights' names, and notes.
+
+  Counts the others in `left_out`. Averages are kept of what learns without labels: the linear head has none, and with
+  TensorFlow's own averages nor have BatchNorm's moving statistics.
+  """
+  averages = {
+    name.removeprefix(EMA_SCOPE).removesuffix(EMA_SUFFIX): key
+    for name, key in names.items()
+    if name.startswith(EMA_SCOPE) or name.endswith(EMA_SUFFIX)
+  }
+  plain = {n: key for n, key in names.items() if not (n.startswith(EMA_SCOPE) or n.endswith(EMA_SUFFIX))}
+  if not ema:
+    if averages:
+      left_out["moving averages of weights (--ema takes these)"] = len(averages)
+    return plain, []
+  if not averages:
+    raise errors.UserError("--ema asks for moving averages of the weights and there are none; leave --ema out.")
+  left_out["weights that have a moving average"] = len(plain.keys() & averages.keys())
+  averaged = {name.partition("/")[0] for name in averages}
+  without = sorted(plain.keys() - averages.keys())
+  inside = [name for name in without if name.partition("/")[0] in averaged]
+  for name in inside:
+    if not name.rpartition("/")[2].startswith("moving_"):
+      raise errors.UserError(f'"{name}" has no moving average and others have; leave --ema out.')
+  notes = [f"{len(inside)} moving statistics of BatchNorm have no averages: taken as they are"] * bool(inside)
+  others = sorted({name.partition("/")[0] for name in without} - averaged)
+  return {**plain, **averages}, notes + [f"{scope} has no moving averages: taken as it is" for scope in others]
