@@ -177,13 +177,13 @@ def distorted_pairs(
   blur_sigma=(0.1, 2.0),
   dtype=jnp.float32,
 ):
-  """Returns views after the random colours and blur, `dtype`[N, 2, H, W, 3] in [0, 1].
+  """Returns views after the random colours and blur, `dtype`[N, V, H, W, 3] in [0, 1].
 
   The reference's law from the crop on: colour jitter, grayscale, clip, blur, clip. The blur's sigma is drawn per image
   and view; the reference draws it per view and replica.
 
   Args:
-    views: u8[N, 2, H, W, 3], or float (then not clipped before the first operation).
+    views: u8[N, V, H, W, 3], or float (then not clipped before the first operation); two of each image in pretraining.
     keys: key[N], of `example_keys`.
     color_strength: s of the paper: factors go up to 1 + 0.8 s, the hue turns by up to 0.2 s.
     brightness: "multiplicative" (SimCLR v2) or "additive" (v1).
@@ -193,8 +193,9 @@ def distorted_pairs(
     dtype: of the result and of the blur's products; the colours are computed in at least float32.
   """
   law.check_color(color_strength, brightness)
-  numbers = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), [2, 9], jnp.float32))(keys)
-  numbers = iter(jnp.moveaxis(numbers, -1, 0))  # each f32[N, 2]
+  shape = [views.shape[1], 9]
+  numbers = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), shape, jnp.float32))(keys)
+  numbers = iter(jnp.moveaxis(numbers, -1, 0))  # each f32[N, V]
   additive = brightness == "additive"
   factors = [low + (high - low) * next(numbers) for low, high in law.color_ranges(color_strength, additive)]
   order = jnp.asarray(law.ORDERS)[(next(numbers) * len(law.ORDERS)).astype(jnp.int32)]

@@ -65,7 +65,11 @@ class Feed:
 def pairs(config, source, mesh: jax.sharding.Mesh) -> Feed:
   """Returns two augmented views of each image, by the reference's law and the config's knobs."""
   transform, prepare = law_of_pairs(config)
-  return _feed(config, source, mesh, transform, prepare, batch_size=config.batch_size, key="batch_size")
+  images = _feed(config, source, mesh, transform, prepare, batch_size=config.batch_size, key="batch_size")
+  if images.dataset is None or not config.augment.compose:
+    return images
+  operations = jax.device_put(composition.codes(config.augment.compose), sharding.replicated(mesh))
+  return dataclasses.replace(images, dataset={**images.dataset, "operations": operations}, batch_of=_composed(images))
 
 
 def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
@@ -94,10 +98,21 @@ def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
   return lambda x, seed: {"views": _host().two_crops(x, seed, **crop)}, lambda batch: {**batch, "views": views(batch)}
 
 
+def _composed(images: Feed):
+  """Returns the `batch_of` of a feed, with the operations of the dataset in each row."""
+
+  def batch_of(dataset, step):
+    rows = images.batch_of(dataset, step)
+    operations = jax.numpy.broadcast_to(dataset["operations"][None], (len(rows["index"]), len(dataset["operations"])))
+    return {**rows, "operations": operations}
+
+  return batch_of
+
+
 def _law_of_compositions(config):
   """Returns `law_of_pairs` where `config.augment.compose` names what the second view goes through."""
   knobs, area = config.augment, (config.augment.min_area, config.augment.max_area)
-  operations = composition.parse(knobs.compose)
+  operations = composition.codes(knobs.compose)
   if knobs.place != "device":
     raise errors.UserError(
       f"config.augment.compose is done on the devices, config.augment.place is {knobs.place!r}; set it to device."
@@ -110,7 +125,10 @@ def _law_of_compositions(config):
   keys = functools.partial(_keys, config.seed)
   size = config.data.image_size
   if config.data.resident:
-    views = lambda batch: composition.pairs_of_images(batch["image"], keys(batch), operations, size=size, **on_device)
+    # Data of the step, not a part of its program: the cells of a study share what is compiled. All rows are the same.
+    views = lambda batch: composition.pairs_of_images(
+      batch["image"], keys(batch), batch["operations"][0], size=size, **on_device
+    )
     return None, lambda batch: {**batch, "views": views(batch)}
   crop = {
     "size": size,

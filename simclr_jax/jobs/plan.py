@@ -26,6 +26,7 @@ from jax.experimental import topologies
 
 from simclr_jax import chips, cost, errors, sharding, telemetry
 from simclr_jax import state as state_lib
+from simclr_jax.data import composition
 from simclr_jax.jobs import feed, pretrain, setup
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -124,6 +125,7 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
   examples, classes = _split_of(config)
   model, tx, schedule, steps = pretrain.parts_of(config, examples=examples, classes=classes)
   state = state_lib.abstract(model, config.data.image_size, tx, mesh, split=setup.is_split(config))
+  state = pretrain.with_memory(config, model, state)
   batch = batch_of(config, mesh)
   begin = time.monotonic()
   # Traced before it is compiled, since a wrong value in the config is found there.
@@ -171,8 +173,11 @@ def make(config, topology: str = "", count: int | None = None) -> Plan:
 def batch_of(config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of a global batch, as it comes before the part of the augmentation that the step does."""
   n, size, at = config.batch_size, config.data.image_size, sharding.batched(mesh)
-  if config.data.resident:
+  if config.data.resident or config.augment.compose:
     images = {"image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=at)}
+    if config.data.resident and config.augment.compose:
+      count = len(composition.codes(config.augment.compose))
+      images["operations"] = jax.ShapeDtypeStruct((n, count), jnp.int32, sharding=at)
   else:
     dtype = jnp.uint8 if config.augment.place == "device" else jnp.float32
     images = {"views": jax.ShapeDtypeStruct((n, 2, size, size, 3), dtype, sharding=at)}
@@ -290,6 +295,8 @@ def _memory_of(analysis, state, batch) -> dict[str, int]:
     "optimizer": cost.bytes_per_device(state.opt_state),
     "batch": cost.bytes_per_device(batch),
   }
+  if state.memory is not None:
+    parts["memory of older batches"] = cost.bytes_per_device(state.memory)
   layout = analysis.argument_size_in_bytes - sum(parts.values())
   # The new state takes the place of the old one; what is left of the outputs are the metrics.
   outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
