@@ -56,10 +56,7 @@ class Checkpoints:
     """Starts an asynchronous save; returns once the arrays may be overwritten."""
     if self._manager.latest is not None and self._manager.latest.step >= step:
       return
-    parts = {
-      MODEL: {"params": state.params, "batch_stats": state.batch_stats},
-      TRAINING: {"step": state.step, "opt_state": _plain(state.opt_state)},
-    }
+    parts = _parts(state)
     metadata = {"config": self.config, "classifier_layer": self.classifier_layer}
     self._manager.save_checkpointables_async(step, parts, custom_metadata=metadata)
 
@@ -68,16 +65,14 @@ class Checkpoints:
     latest = self._manager.latest
     if latest is None:
       return state, 0
-    wanted = {
-      MODEL: {"params": state.params, "batch_stats": state.batch_stats},
-      TRAINING: {"step": state.step, "opt_state": _plain(state.opt_state)},
-    }
+    wanted = _parts(state)
     path = epath.Path(self.workdir) / "checkpoints" / str(latest.step)
     check(wanted, _shapes(path), str(path))
     parts = self._manager.load_checkpointables(latest.step, jax.tree.map(_abstract, wanted))
-    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), jax.tree.leaves(parts[TRAINING]["opt_state"]))
-    restored = state_lib.TrainState(parts[TRAINING]["step"], **parts[MODEL], opt_state=opt_state)
-    return restored, latest.step
+    training = parts[TRAINING]
+    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), jax.tree.leaves(training["opt_state"]))
+    rest = {"opt_state": opt_state, "memory": training.get("memory")}
+    return state_lib.TrainState(training["step"], **parts[MODEL], **rest), latest.step
 
   def close(self) -> None:
     """Waits for the saves under way and reports their failures."""
@@ -118,9 +113,18 @@ def classifier_layer(path: str) -> int:
   return ocp.checkpointables_metadata(find(path)).custom_metadata.get("classifier_layer", 0)
 
 
-def parts(path: str) -> tuple[str, ...]:
-  """Returns the names of the parts that the model in the checkpoint at `path` has, such as `encoder`."""
-  return tuple(sorted(_shapes(find(path))[MODEL]["params"]))
+def classes(path: str) -> int:
+  """Returns how many classes the linear classifier of the checkpoint at `path` tells apart.
+
+  Raises:
+    UserError: it has no classifier.
+  """
+  params = _shapes(find(path))[MODEL]["params"]
+  if "linear_head" not in params:
+    raise errors.UserError(
+      f"checkpoint {path} has no classifier; it holds {_listed(params)}; give a run of finetune or linear_eval."
+    )
+  return params["linear_head"]["dense"]["bias"].shape[0]
 
 
 def load_model(path: str, params, batch_stats) -> tuple[Any, Any]:
@@ -214,6 +218,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       out[prefix + key] = list(value) if isinstance(value, tuple) else value
   return out
+
+
+def _parts(state):
+  training = {"step": state.step, "opt_state": _plain(state.opt_state)}
+  if state.memory is not None:
+    training["memory"] = state.memory
+  return {MODEL: {"params": state.params, "batch_stats": state.batch_stats}, TRAINING: training}
 
 
 def _plain(opt_state):

@@ -20,12 +20,14 @@ class TrainState:
     params: the model's parameters by part: encoder, projection_head, linear_head.
     batch_stats: BatchNorm's moving means and variances, by the same parts.
     opt_state: the optimizer's own arrays.
+    memory: see the module of that name; None where negatives come from the batch alone.
   """
 
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: Any
+  memory: Any = None
 
 
 def variables(

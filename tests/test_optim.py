@@ -299,6 +299,53 @@ def test_the_l2_terms_gradient_is_the_weight_times_the_decay():
   np.testing.assert_array_equal(grads["linear_head"]["dense"]["bias"], 0)
 
 
+# Who decays what (SIMCLR.md 3.7): the optimizer itself, the L2 term of the loss, or nobody.
+DECAYED = {
+  "lars": {"encoder/conv/kernel": "optimizer", "linear_head/dense/kernel": "loss"},
+  "momentum": dict.fromkeys(("encoder/conv/kernel", "linear_head/dense/kernel", "linear_head/dense/bias"), "loss"),
+}
+DECAYED["adam"] = DECAYED["momentum"]
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_each_optimizer_with_the_l2_term_takes_the_steps_of_the_twins_in_float64(name, x64):
+  names = (*DECAYED["adam"], "encoder/bn/scale", "encoder/bn/bias")
+  rng, decay, rates = np.random.default_rng(0), 0.3, np.array([0.5, 1.0, 0.7, 0.2])
+  start = {leaf: rng.normal(size=4) for leaf in names}
+  pulls = {leaf: rng.normal(size=(4, 4)) for leaf in names}
+  schedule = lambda step: jnp.asarray(rates)[step]
+  tx = {
+    "lars": lambda: optim.lars(schedule, weight_decay=decay),
+    "momentum": lambda: optim.momentum(schedule),
+    "adam": lambda: optim.adam(schedule),
+  }[name]()
+  unflatten = lambda flat: flax.traverse_util.unflatten_dict(flat, sep="/")
+  params = unflatten({leaf: jnp.asarray(w) for leaf, w in start.items()})
+  opt_state = tx.init(params)
+  for step in range(len(rates)):
+    pull = unflatten({leaf: grads[step] for leaf, grads in pulls.items()})
+
+    def loss_fn(params, pull=pull):
+      linear = sum(jnp.sum(w * g) for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(pull), strict=True))
+      return linear + optim.weight_decay_loss(params, decay, optimizer=name)
+
+    updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
+    params = optax.apply_updates(params, updates)
+
+  for leaf, got in flax.traverse_util.flatten_dict(params, sep="/").items():
+    w, grads, buffer, where = start[leaf], [], 0.0, DECAYED[name].get(leaf)
+    for step, rate in enumerate(rates):
+      grads.append(pulls[leaf][step] + (decay * w if where == "loss" else 0))
+      if name == "lars":
+        knobs = {"weight_decay": decay, "momentum": 0.9, "trust_coefficient": 0.001, "adapted": where == "optimizer"}
+        w, buffer = numpy_reference.lars_step(w, buffer, grads[-1], rate, **knobs)
+      elif name == "momentum":
+        w = numpy_reference.nesterov_steps(start[leaf], grads, rates[: step + 1], 0.9)
+      else:
+        w = numpy_reference.adam_steps(start[leaf], grads, rates[: step + 1])
+    np.testing.assert_allclose(got, w, rtol=1e-10, atol=1e-12, err_msg=leaf)
+
+
 def test_bfloat16_weights_are_squared_in_float32():
   kernel = jnp.full(1000, 1.0, jnp.bfloat16)
   loss = optim.weight_decay_loss({"dense": {"kernel": kernel}}, 2.0, optimizer="adam")

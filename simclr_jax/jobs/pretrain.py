@@ -22,6 +22,7 @@ from etils import epath
 
 from simclr_jax import cost, errors, figures, inference, losses, optim, sharding, telemetry
 from simclr_jax import loop as training_loop
+from simclr_jax import memory as memory_lib
 from simclr_jax import state as state_lib
 from simclr_jax.jobs import feed, input_profile, monitor, setup
 from simclr_jax.models import simclr
@@ -43,6 +44,8 @@ def train_step(
   weight_decay: float,
   optimizer: str,
   loss_kind: str = "nt_xent",
+  margin: float = 0.8,
+  memory_decay: float = 0.999,
   micro_batches: int = 1,
   whole: Callable[[Any], Any] = lambda params: params,
   prepare: Callable[[Any], Any] = lambda batch: batch,
@@ -63,6 +66,8 @@ def train_step(
       but BatchNorm).
     optimizer: its name, which decides that.
     loss_kind: one of `losses.KINDS`.
+    margin: of its margin losses.
+    memory_decay: of the moving average of the weights that embed older batches, where the state has a memory.
     micro_batches: parts of the batch that go through the network one after the other. The contrastive gradient stays
       that of the whole batch; BatchNorm takes its statistics over one part, see `_micro_batched_gradients`.
     whole: makes parameters that are split over the devices whole on each.
@@ -70,10 +75,14 @@ def train_step(
       done here, on one micro-batch at a time.
   """
 
+  older = {}
+  if state.memory is not None:
+    rows = memory_lib.filled(state.memory, state.step, 2 * batch["label"].shape[0])
+    older = {"memory": state.memory["buffer"], "filled": rows}
+
   def contrast(z):
-    value, metrics = losses.contrast(
-      loss_kind, z, batch["label"], temperature=temperature, normalize=normalize, mesh=mesh
-    )
+    keys = {"temperature": temperature, "normalize": normalize, "margin": margin, "mesh": mesh}
+    value, metrics = losses.contrast(loss_kind, z, batch["label"], **keys, **older)
     return loss_scale * value, {**metrics, "loss": value}
 
   def network(params, batch):
@@ -98,7 +107,39 @@ def train_step(
   metrics["total_loss"] = loss_scale * metrics["loss"] + metrics["weight_decay"] + metrics.get("supervised_loss", 0)
   metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
   params = optax.apply_updates(state.params, updates)
-  return state_lib.TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+  memory = state.memory
+  if memory is not None:
+    metrics["memory_filled"] = older["filled"] / memory["buffer"].shape[0]
+    embed = functools.partial(_embeddings_for_memory, state, model=model, whole=whole, prepare=prepare)
+    z = _in_parts(embed, batch, micro_batches, mesh)
+    z = losses.l2_normalized(z) if normalize else z
+    memory = memory_lib.after(memory, state.step, z, params, decay=memory_decay, mesh=mesh)
+  return state_lib.TrainState(state.step + 1, params, batch_stats, opt_state, memory), metrics
+
+
+def _embeddings_for_memory(state, batch, *, model, whole, prepare):
+  """Returns f32[N, 2, D]: a batch, or a part of it, embedded by the memory's weights in BatchNorm's training mode."""
+  views = prepare(batch)["views"]
+  variables = {"params": whole(state.memory["params"]), "batch_stats": state.batch_stats}
+  network = model.clone(linear_head=None)
+  # The moving averages that come out are dropped: nothing ever runs these weights in inference mode.
+  (_, z, _), _ = network.apply(variables, views.reshape(-1, *views.shape[2:]), train=True, mutable=["batch_stats"])
+  return z.reshape(-1, 2, z.shape[-1]).astype(state.memory["buffer"].dtype)
+
+
+def _in_parts(embed, batch, count, mesh):
+  """Returns f[N, 2, D], the rows of `embed` of a batch, holding the activations of one micro-batch at a time."""
+  if count == 1:
+    return embed(batch)
+  z = jax.lax.map(lambda number: embed(_part(batch, number, count, mesh)), jnp.arange(count))
+  z = z.swapaxes(0, 1)  # f[N / count, count, 2, D], the order of the batch.
+  return z.reshape(-1, *z.shape[2:])
+
+
+def _part(batch, number, count, mesh):
+  # Every `count`-th image, so that nothing moves between devices, and the parts do not depend on how many there are.
+  rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, number], batch)
+  return rows if mesh is None else jax.lax.with_sharding_constraint(rows, sharding.batched(mesh))
 
 
 def _gradients(network, contrast, decay, params, batch, whole):
@@ -122,20 +163,13 @@ def _micro_batched_gradients(network, contrast, decay, params, batch, whole, cou
   arXiv 2101.06983). BatchNorm sees one micro-batch, the same in both passes; its moving averages move once, by the
   mean over the micro-batches.
   """
-
-  def part(number):
-    # Every `count`-th image, so that nothing moves between devices, and the parts do not depend on how many there are.
-    rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, number], batch)
-    return rows if mesh is None else jax.lax.with_sharding_constraint(rows, sharding.batched(mesh))
-
-  z = jax.lax.map(lambda number: network(whole(params), part(number))[0], jnp.arange(count))
-  z = z.swapaxes(0, 1)  # f32[N / count, count, 2, D], the order of the batch.
-  pull, metrics = jax.grad(contrast, has_aux=True)(z.reshape(-1, *z.shape[2:]))
-  pull = pull.reshape(z.shape)
+  z = _in_parts(lambda rows: network(whole(params), rows)[0], batch, count, mesh)
+  pull, metrics = jax.grad(contrast, has_aux=True)(z)
+  pull = pull.reshape(-1, count, *pull.shape[1:])
 
   def back(number):
     def loss_fn(params):
-      z, supervised, batch_stats = network(whole(params), part(number))
+      z, supervised, batch_stats = network(whole(params), _part(batch, number, count, mesh))
       value = jnp.sum(pull[:, number] * z) + supervised.get("supervised_loss", 0) / count
       return value, (supervised, batch_stats)
 
@@ -150,9 +184,23 @@ def _micro_batched_gradients(network, contrast, decay, params, batch, whole, cou
 
 
 def run(
-  config, workdir: str, *, profile_steps: str = "", profile_input: str = "", chip: str = "", mfu: str = "0.4"
+  config,
+  workdir: str,
+  *,
+  profile_steps: str = "",
+  profile_input: str = "",
+  chip: str = "",
+  mfu: str = "0.4",
+  draw: bool = True,
 ) -> dict[str, float] | None:
-  """Pretrains, and returns (and writes to `result.json`) what `monitor` measures at the end."""
+  """Pretrains, and returns (and writes to `result.json`) what `monitor` measures at the end; draws the figures.
+
+  Args:
+    config: the run's.
+    workdir: its folder.
+    profile_steps, profile_input, chip, mfu: options of the command line.
+    draw: leave the figures out where False, as a study does, which has one for all its runs.
+  """
   mesh = mesh_of(config)
   train = setup.source_of(config, config.data.train_split)
   if config.loss.kind == "sup_con" and not train.num_classes:
@@ -161,7 +209,8 @@ def run(
   images = feed.pairs(config, train, mesh)
   if profile_input:
     forward = forward_flops(config, model, state_lib.abstract(model, config.data.image_size, tx, mesh, split=False))
-    return input_profile.run(images, batch_size=config.batch_size, flops_per_image=3 * forward, chip=chip, mfu=mfu)
+    flops = passes(config) * forward
+    return input_profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
   sizes = {"examples": train.num_examples, "batch_size": config.batch_size}
   evaluate = monitor.evaluate_of(config, model, mesh, train, images)
   profiled = setup.profiled_steps(profile_steps)
@@ -169,6 +218,7 @@ def run(
 
   split = setup.is_split(config)
   state = state_lib.create(*state_lib.variables(model, config.data.image_size, config.seed, mesh, split=split), tx)
+  state = with_memory(config, model, state)
   telemetry.log.info(
     "pretrain: %d images, %d steps of %d, encoder %s parameters, %s",
     train.num_examples,
@@ -192,7 +242,7 @@ def run(
     evaluate_every_steps=setup.every(config.evaluate_every_epochs, **sizes),
     profile_steps=profiled,
   )
-  return _finish(workdir, images, result)
+  return _finish(workdir, images, result, draw)
 
 
 def forward_flops(config, model, state) -> int:
@@ -208,16 +258,38 @@ def forward_flops(config, model, state) -> int:
   return cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, views)
 
 
+def passes(config) -> int:
+  """Returns the passes of a batch through the network: forward, backward twice that, forward by a memory's weights."""
+  return 4 if config.memory.size else 3
+
+
 def step_flops(config, forward: int) -> int:
-  """Returns the model FLOPs of one step: three times what both views of an image and all pairs of the batch need."""
-  # Every pair of views is scored once forward; the gradient takes two more products of that size.
-  pairs = 2 * (2 * config.batch_size) ** 2 * config.head.out_dim
-  return 3 * (forward * config.batch_size + pairs)
+  """Returns the model FLOPs of one step: what both views of an image and all pairs of the batch need.
+
+  With a memory its forward pass counts (as a whole one, classifier included) and the products with what it holds.
+  """
+  # Every pair of views is scored once forward; the gradient takes two more products of that size. Nothing flows back
+  # into a memory, which spares one of them.
+  views = 2 * config.batch_size
+  pairs = 2 * views * config.head.out_dim * (3 * views + 2 * config.memory.size)
+  return passes(config) * forward * config.batch_size + pairs
+
+
+def with_memory(config, model, state: state_lib.TrainState) -> state_lib.TrainState:
+  """Returns the state, arrays or placed shapes alike, with a memory if `config.memory.size` asks for one."""
+  if not config.memory.size:
+    return state
+  views = jax.ShapeDtypeStruct((2, config.data.image_size, config.data.image_size, 3), jnp.float32)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  embedding = jax.eval_shape(lambda v, x: model.apply(v, x, train=False)[1], variables, views)
+  make = memory_lib.create if isinstance(state.step, jax.Array) else memory_lib.shapes
+  return state.replace(memory=make(state.params, embedding, config.memory.size))
 
 
 def mesh_of(config, devices=None) -> jax.sharding.Mesh:
   """Returns the mesh of the devices (default: all), once what the config says of it is known to fit."""
   setup.choice("loss.kind", config.loss.kind, losses.KINDS)
+  memory_lib.check(config.memory.size, config.memory.decay, batch_size=config.batch_size, kind=config.loss.kind)
   sizes = (("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size))
   return setup.mesh_for(config, *sizes, devices=devices, micro_batches=config.micro_batches)
 
@@ -252,18 +324,21 @@ def step_of(config, model, tx, schedule, mesh, prepare):
     weight_decay=config.optimizer.weight_decay,
     optimizer=config.optimizer.name,
     loss_kind=config.loss.kind,
+    margin=config.loss.margin,
+    memory_decay=config.memory.decay,
     micro_batches=config.micro_batches,
     whole=setup.whole_of(config, mesh),
     prepare=prepare,
   )
 
 
-def _finish(workdir, images, result):
-  # By all processes: resident data is on the devices of all.
-  views = images.first(figures.PAIRS)["views"]
+def _finish(workdir, images, result, draw):
+  folder = epath.Path(workdir)
   if jax.process_index() == 0:
-    folder = epath.Path(workdir)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+  # By all processes: resident data is on the devices of all.
+  views = images.first(figures.PAIRS)["views"] if draw else None
+  if jax.process_index() == 0 and draw:
     panels = {
       "Contrastive loss (mean over 2N)": {"train/loss": "training"},
       "Accuracy": {
