@@ -137,13 +137,21 @@ def check_order(source, **numbers) -> None:
   order.check(source, process_count=jax.process_count(), **numbers)
 
 
-def evaluation_rows(config, source):
-  """Returns a function whose call starts one pass over the split with the reference's centre crop."""
+def evaluation_rows(config, source, *, shared: bool = True):
+  """Returns a function whose call starts one pass over the split with the reference's centre crop.
+
+  Args:
+    config: the run's.
+    source: of the images.
+    shared: whether all processes go through it together, each with its part; else each with a source of its own.
+  """
   knobs = {
     "batch_size": config.eval_batch_size,
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
   }
+  if not shared:
+    knobs = {"batch_size": config.eval_batch_size // jax.process_count(), "process_index": 0, "process_count": 1}
   if isinstance(source, arrays.Arrays):
     return lambda: resident.evaluation_batches(source, image_size=config.data.image_size, **knobs)
   from simclr_jax.data import host_augment, pipeline
