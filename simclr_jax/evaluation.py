@@ -121,10 +121,19 @@ def table_of(
       # The device works on this batch while the last one's rows are fetched.
       parts[-1:] = jax.device_get(parts[-1:])
       parts.append(part)
-    table = jax.tree.map(lambda *columns: np.concatenate([np.asarray(column) for column in columns]), *parts)
-    real = np.flatnonzero(table["mask"] > 0)
-    order = real[np.argsort(table["index"][real], kind="stable")]
-    return {name: column[order] for name, column in table["row"].items()}
+    index, mask = (np.concatenate([np.asarray(part[key]) for part in parts]) for key in ("index", "mask"))
+    real = np.flatnonzero(mask > 0)
+    place = np.full(len(index), len(index))
+    place[real[np.argsort(index[real], kind="stable")]] = np.arange(len(real))
+    # Part by part, each let go once its rows are in their places: features of a large split fit into memory once.
+    table = {name: np.empty((len(real), *rows.shape[1:]), rows.dtype) for name, rows in parts[0]["row"].items()}
+    ends = np.cumsum([len(part["index"]) for part in parts])
+    for end in ends[::-1]:
+      part = parts.pop()
+      own = place[end - len(part["index"]) : end]
+      for name, rows in part["row"].items():
+        table[name][own[own < len(index)]] = np.asarray(rows)[own < len(index)]
+    return table
 
   return read
 

@@ -1,5 +1,6 @@
 """Weighted nearest neighbours on features split over the devices, without the matrix of all similarities."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,16 +55,11 @@ def accuracies(
   """
   check(neighbours, len(train_x))
   mesh = mesh or sharding.data_mesh(jax.local_devices()[:1])
+  queries = min(queries, len(test_x))
   search, keys, queries = searcher(train_x, max(neighbours), mesh=mesh, queries=queries, block=block)
   labels = _placed(np.asarray(train_y, np.int32), len(train_y), sharding.replicated(mesh))
-  ends = sorted(set(neighbours))
-
-  def count(keys, labels, x, y):
-    similarity, index = search(keys, x)
-    votes = _votes(similarity, labels[index], ends, temperatures, classes)
-    return [[_right(of_temperature, y) for of_temperature in of_k] for of_k in votes]
-
-  count = jax.jit(count, out_shardings=sharding.replicated(mesh))
+  ends = tuple(sorted(set(neighbours)))
+  count = _counter(search, ends, tuple(temperatures), classes, mesh)
   right = np.zeros((len(ends), len(temperatures), 2), np.int64)
   for begin in range(0, len(test_x), queries):
     rows = slice(begin, begin + queries)
@@ -105,8 +101,14 @@ def searcher(train_x, k: int, *, mesh: Mesh, queries: int = QUERIES, block: int 
   queries = -(-queries // mesh.size) * mesh.size
   block = min(block, -(-examples // (mesh.size * GRAIN)) * GRAIN)
   own = -(-examples // (mesh.size * block)) * block
-  keys = _placed(train_x, own * mesh.size, sharding.batched(mesh), np.float32)
-  keys = jax.jit(_unit, donate_argnums=0)(keys)
+  keys = _units(_placed(train_x, own * mesh.size, sharding.batched(mesh), np.float32))
+  return _search(examples, own, k, mesh, queries, block), keys, queries
+
+
+# Kept, so that what is compiled for them serves every evaluation of a run.
+@functools.lru_cache(maxsize=8)
+def _search(examples, own, k, mesh, queries, block):
+  """Returns `search` of `searcher` for so many rows, `own` of them on each device."""
 
   def nearest(keys, x):
     first = jax.lax.axis_index(sharding.AXIS) * own
@@ -133,7 +135,19 @@ def searcher(train_x, k: int, *, mesh: Mesh, queries: int = QUERIES, block: int 
 
   split, whole = PartitionSpec(sharding.AXIS), PartitionSpec()
   local = jax.shard_map(nearest, mesh=mesh, in_specs=(split, whole), out_specs=split)
-  return lambda keys, x: local(keys, _unit(x)), keys, queries
+  return lambda keys, x: local(keys, _unit(x))
+
+
+@functools.lru_cache(maxsize=8)
+def _counter(search, ends, temperatures, classes, mesh):
+  """Returns (keys, labels, x, y) -> how many are right, [len(ends)][len(temperatures)][2]; see `_right`."""
+
+  def count(keys, labels, x, y):
+    similarity, index = search(keys, x)
+    votes = _votes(similarity, labels[index], ends, temperatures, classes)
+    return [[_right(of_temperature, y) for of_temperature in of_k] for of_k in votes]
+
+  return jax.jit(count, out_shardings=sharding.replicated(mesh))
 
 
 def _best(similarity, index, k):
@@ -143,6 +157,9 @@ def _best(similarity, index, k):
 
 def _unit(x):
   return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+_units = jax.jit(_unit, donate_argnums=0)
 
 
 def _votes(similarity, label, ends, temperatures, classes):

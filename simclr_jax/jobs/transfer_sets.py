@@ -1,0 +1,124 @@
+"""The data sets of `transfer`: the twelve of the paper, and how any other is named."""
+
+import dataclasses
+import os
+import re
+
+from simclr_jax import errors
+
+PAPER = "paper"
+FOLDER = "folder:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A data set to transfer to.
+
+  Attributes:
+    key: its name in results, and of its folder.
+    source: tfds | folder.
+    location: the TFDS name, or the folder.
+    splits: (train, validation, test); no validation split: a share of train is held back. None: what there is.
+    metric: top1 | mean_per_class | map_11; "": top1, or map_11 where an image has any number of classes.
+    published: the paper's per cent for ResNet-50 and ResNet-50 4x, linear (Chen et al. 2020, table 8 and appendix B.8).
+    remark: what its splits are.
+  """
+
+  key: str
+  source: str
+  location: str
+  splits: tuple[str, str, str] | None
+  metric: str = ""
+  published: tuple[float, float] | None = None
+  remark: str = ""
+
+
+def _paper(key, location, validation, test, metric, published, remark, *, source="tfds"):
+  return Task(key, source, location, ("train", validation, test), metric, published, remark)
+
+
+# In the paper's order. Birdsnap and Aircraft are not in TFDS 4.9.10: they are folders beside its data sets.
+TWELVE = (
+  _paper("food101", "food101", "", "validation", "top1", (68.4, 76.9), "TFDS calls the test split validation"),
+  _paper("cifar10", "cifar10", "", "test", "top1", (90.6, 95.3), ""),
+  _paper("cifar100", "cifar100", "", "test", "top1", (71.6, 80.2), ""),
+  _paper("birdsnap", "birdsnap", "validation", "test", "top1", (37.4, 48.4), "a folder", source="folder"),
+  _paper("sun397", "sun397/standard-part1-120k", "", "test", "top1", (58.8, 65.9), "the first of ten splits"),
+  _paper("cars196", "cars196", "", "test", "top1", (50.3, 60.0), ""),
+  _paper("aircraft", "aircraft", "validation", "test", "mean_per_class", (50.3, 61.2), "a folder", source="folder"),
+  _paper("voc2007", "voc/2007", "validation", "test", "map_11", (80.5, 84.2), "difficult objects do not count"),
+  _paper("dtd", "dtd", "validation", "test", "top1", (74.5, 78.9), "the first of ten splits"),
+  _paper("oxford_iiit_pet", "oxford_iiit_pet", "", "test", "mean_per_class", (83.6, 89.2), ""),
+  _paper("caltech101", "caltech101", "", "test", "mean_per_class", (90.3, 93.9), "30 images a class to train on"),
+  _paper("oxford_flowers102", "oxford_flowers102", "validation", "test", "mean_per_class", (91.2, 95.0), ""),
+)
+
+
+def chosen(text: str, data_dir: str) -> list[Task]:
+  """Returns the data sets that `config.transfer.datasets` names, each once.
+
+  Args:
+    text: separated by commas: paper | a name of TWELVE | a TFDS name | NAME:TRAIN:VALIDATION:TEST | folder:DIR.
+    data_dir: holds the folders of TWELVE.
+  """
+  tasks = []
+  for word in (word.strip() for word in text.split(",")):
+    tasks += [_placed(task, data_dir) for task in TWELVE] if word == PAPER else [_named(word, data_dir)]
+  tasks = list(dict.fromkeys(tasks))
+  keys = [task.key for task in tasks]
+  for key in keys:
+    if keys.count(key) > 1:
+      raise errors.UserError(
+        f"config.transfer.datasets names several data sets {key!r}, whose results would be in one folder; "
+        "give each a --workdir of its own."
+      )
+  return tasks
+
+
+def optional(text: str) -> set[str]:
+  """Returns the keys of the data sets that are there because of `paper` alone: of these some may be missing."""
+  words = [word.strip() for word in text.split(",")]
+  named = {_named(word, "").key for word in words if word != PAPER}
+  return {task.key for task in TWELVE} - named if PAPER in words else set()
+
+
+def splits_of(task: Task, names: tuple[str, ...]) -> tuple[str, str, str]:
+  """Returns (train, validation or "", test) of a data set that has the splits `names`."""
+  if task.splits:
+    train, validation, test = task.splits
+    # A folder may have a validation split, or not.
+    return (train, validation if task.source == "tfds" or validation in names else "", test)
+  if "train" in names and "test" in names:
+    return "train", "validation" if "validation" in names else "", "test"
+  if "train" in names and "validation" in names:
+    return "train", "", "validation"
+  remedy = "name three as NAME:TRAIN:VALIDATION:TEST" if task.source == "tfds" else "make folders train and test"
+  raise errors.UserError(f"{task.location} has the splits {', '.join(names)}, not train and test; {remedy}.")
+
+
+def _placed(task, data_dir):
+  return dataclasses.replace(task, location=os.path.join(data_dir, task.location)) if task.source == "folder" else task
+
+
+def _named(word, data_dir):
+  if word.startswith(FOLDER):
+    location = word.removeprefix(FOLDER).rstrip("/")
+    name = os.path.basename(location)
+    known = [task for task in TWELVE if task.source == "folder" and task.key == name]
+    if known:
+      return dataclasses.replace(known[0], location=location)
+    return Task(name, "folder", location, None)
+  # Not the colons inside train[:90%].
+  name, *splits = re.split(r":(?![^\[]*\])", word)
+  if len(splits) not in (0, 3) or not name or splits and not (splits[0] and splits[2]):
+    raise errors.UserError(
+      f"config.transfer.datasets has {word!r}; give paper, a TFDS name, NAME:TRAIN:VALIDATION:TEST "
+      "(VALIDATION may be empty) or folder:DIR, with commas between."
+    )
+  known = [task for task in TWELVE if name in (task.key, task.location)]
+  if known and not splits:
+    return _placed(known[0], data_dir)
+  task = _placed(known[0], data_dir) if known else Task(name, "tfds", name, None)
+  key = re.sub(r"[^\w.%+-]+", "_", word).strip("_")
+  # Of other images the published figures say nothing.
+  return dataclasses.replace(task, key=key, splits=tuple(splits) or None, published=None, remark="")

@@ -1,0 +1,51 @@
+"""Scores of classes: worked by hand, by the definition in whole numbers, and what is no number is never right."""
+
+import fractions
+
+import numpy as np
+import pytest
+
+from simclr_jax import scores
+
+
+def test_of_equal_scores_the_lower_class_counts():
+  table = np.array([[0, 1, 1], [2, 1, 0], [np.nan, 5, 0], [3, 3, 3]], np.float32)
+  np.testing.assert_array_equal(scores.predicted(table), [1, 0, -1, 0])
+  assert scores.top1(table, np.array([1, 0, 1, 1])) == 0.5
+
+
+def test_every_class_counts_alike_in_the_mean_per_class_however_many_images_it_has():
+  table = np.eye(4)[[0, 0, 0, 1, 2]]
+  # Class 0: 3 of 4, class 2: 1 of 1; no image is of classes 1 and 3.
+  assert scores.mean_per_class(table, np.array([0, 0, 0, 0, 2])) == (3 / 4 + 1) / 2
+  assert scores.top1(table, np.array([0, 0, 0, 0, 2])) == 4 / 5
+
+
+def test_average_precision_by_hand():
+  # Recall 1/2 at precision 1, recall 1 at precision 2/3: six points of one, five of the other.
+  value = scores.average_precision(np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1, 0, 1, 0, 0]))
+  assert value == pytest.approx((6 + 5 * 2 / 3) / 11, rel=1e-15)
+  # The difficult image in front is as if it were not there.
+  value = scores.average_precision(np.array([0.9, 0.95, 0.8, 0.7, 0.6, 0.5]), np.array([1, -1, 0, 1, 0, 0]))
+  assert value == pytest.approx((6 + 5 * 2 / 3) / 11, rel=1e-15)
+  # The best precision at any higher recall, not the one at this recall: 2/3 from the start.
+  assert scores.average_precision(np.array([3.0, 2, 1]), np.array([0, 1, 1])) == pytest.approx(2 / 3, rel=1e-15)
+  assert scores.average_precision(np.array([3.0, np.nan, 1]), np.array([0, 1, 1])) == 0
+
+
+def test_mean_average_precision_is_what_the_definition_says():
+  rng = np.random.default_rng(0)
+  # Few values, so that many scores are equal; ten positives, so that recalls fall on the points.
+  table, y = rng.integers(0, 9, (60, 5)) / 8, rng.choice([-1, 0, 1], (60, 5), p=[0.1, 0.7, 0.2])
+  y[:, 1] = -1
+  y[:, 2] = [1] * 10 + [0] * 50
+  wanted = []
+  for label in (0, 2, 3, 4):
+    rows = sorted((i for i in range(60) if y[i, label] >= 0), key=lambda i: (-table[i, label], i))
+    total, hits, curve = sum(y[i, label] == 1 for i in rows), 0, []
+    for place, row in enumerate(rows, 1):
+      hits += int(y[row, label])
+      curve.append((fractions.Fraction(hits, int(total)), fractions.Fraction(hits, place)))
+    points = [max(p for recall, p in curve if recall >= fractions.Fraction(tenths, 10)) for tenths in range(11)]
+    wanted.append(sum(points) / 11)
+  assert scores.mean_average_precision(table, y) == pytest.approx(float(sum(wanted) / 4), rel=1e-14)

@@ -1,0 +1,303 @@
+"""Transfer: the protocol is scikit-learn's on the same features, each data set by its own metric, none run twice."""
+
+import io
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn import linear_model
+
+from simclr_jax import __main__ as command
+from simclr_jax import errors, probes, scores, sharding
+from simclr_jax.data import host_augment, pipeline, sources
+from simclr_jax.jobs import setup, transfer, transfer_sets
+
+ROOT = pathlib.Path(__file__).parents[1]
+# The config of a run on resident arrays: this job has to stream its own data sets all the same.
+TINY = {
+  "checkpoint": "random",
+  "data.resident": "true",
+  "data.image_size": "16",
+  "model.depth": "10",
+  "model.width": "0.0625",
+  "eval_batch_size": "32",
+  "transfer.l2_strengths": "4",
+  "transfer.lbfgs_steps": "30",
+  "transfer.lbfgs_tolerance": "1e-2",
+}
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  # Eight virtual ones take ten times as long to agree on each of the many small sums of a regression.
+  monkeypatch.setattr(setup, "mesh_for", lambda *_: sharding.data_mesh(jax.devices()[:1]))
+
+
+def argv(data_dir, workdir, datasets, **overrides):
+  keys = {**TINY, "data.dir": data_dir, "transfer.datasets": datasets, **overrides}
+  return [
+    *("transfer", f"--config={ROOT}/configs/cifar10.py", f"--workdir={workdir}"),
+    *(f"--config.{key}={value}" for key, value in keys.items()),
+  ]
+
+
+def photo(value):
+  return (RNG.integers(0, 60, (20, 24, 3)) + value).astype(np.uint8)
+
+
+def write_tfds(folder, name, features, splits):
+  """Writes a data set in the form of TFDS; `splits` are {name: examples}."""
+  folder.mkdir(parents=True)
+  infos = []
+  for split, examples in splits.items():
+    with tf.io.TFRecordWriter(str(folder / f"{name}-{split}.tfrecord-00000-of-00001")) as writer:
+      for example in examples:
+        writer.write(features.serialize_example(features.encode_example(example)))
+    template = tfds.core.ShardedFileTemplate(
+      folder, "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", name, split, "tfrecord"
+    )
+    infos.append(
+      tfds.core.SplitInfo(name=split, shard_lengths=[len(examples)], num_bytes=0, filename_template=template)
+    )
+  tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A TFDS folder with tiny (train, test), voc/2007 by the stock builder's form, and the folder of images aircraft."""
+  root = tmp_path_factory.mktemp("data")
+  kinds = tfds.features.FeaturesDict(
+    {
+      "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+      "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
+      "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+    }
+  )
+  one = lambda i: {"image": photo(60 * (i % 3)), "label": i % 3, "mask": np.zeros((4, 4, 1), np.uint8)}
+  write_tfds(
+    root / "tiny" / "1.0.0", "tiny", kinds, {"train": [one(i) for i in range(30)], "test": [one(i) for i in range(21)]}
+  )
+  voc = tfds.builder("voc/2007", data_dir=str(root))
+  several = lambda i: {
+    "image": photo(60 * (i % 3)),
+    "image/filename": f"{i}.jpg",
+    "labels": [i % 3, 5] if i % 2 else [i % 3],
+    "labels_no_difficult": [i % 3, 5] if i % 4 == 1 else [i % 3],
+    "objects": [],
+  }
+  counts = {"train": 24, "validation": 12, "test": 18}
+  write_tfds(
+    pathlib.Path(voc.data_dir),
+    "voc",
+    voc.info.features,
+    {split: [several(i) for i in range(count)] for split, count in counts.items()},
+  )
+  for split, count in {"train": 12, "val": 6, "test": 8}.items():
+    for i in range(count):
+      path = root / "aircraft" / split / f"kind{i % 2}" / f"{i}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(photo(90 * (i % 2))).save(path)
+  return root
+
+
+def test_each_data_set_has_its_metric_and_is_run_once(data, tmp_path, one_device, monkeypatch, capsys):
+  datasets = f"voc/2007,tiny,folder:{data}/aircraft"
+  assert command.main(argv(data, tmp_path, datasets)) == 0
+  text = (tmp_path / "result.json").read_text()
+  table = json.loads(text)["datasets"]
+  assert {key: row["metric"] for key, row in table.items()} == {
+    **{"voc2007": "map_11", "tiny": "top1", "aircraft": "mean_per_class"}
+  }
+  assert table["voc2007"]["examples"] == {"train": 24, "validation": 12, "test": 18}
+  # A fifth of the training images is held back where there is no validation split.
+  assert table["tiny"]["examples"] == {"train": 24, "validation": 6, "test": 21}
+  assert table["aircraft"]["examples"] == {"train": 12, "validation": 6, "test": 8}
+  assert [row["classes"] for row in table.values()] == [20, 3, 2]
+  # Their brightness tells the classes apart, in any features.
+  assert table["tiny"]["value"] > 0.9
+  assert table["aircraft"]["published"] == [50.3, 61.2]
+  assert table["tiny"]["published"] is None
+  assert [cell["l2"] for cell in table["tiny"]["validation"]] == pytest.approx(
+    [1e-6, 10 ** (-7 / 3), 10 ** (4 / 3), 1e5]
+  )
+  assert re.search(rf"tiny +top-1 +{100 * table['tiny']['value']:.2f} +- +-", capsys.readouterr().err)
+
+  # As if the kill had come in the second data set.
+  (tmp_path / "result.json").unlink()
+  (tmp_path / "tiny" / "result.json").unlink()
+  evaluated, evaluate = [], transfer._evaluate
+  monkeypatch.setattr(transfer, "_evaluate", lambda task, *args: evaluated.append(task.key) or evaluate(task, *args))
+  assert command.main(argv(data, tmp_path, datasets)) == 0
+  assert evaluated == ["tiny"]
+  again = json.loads((tmp_path / "result.json").read_text())["datasets"]
+  for rows in (again, table):
+    rows["tiny"].pop("seconds")
+  assert again == table
+  assert list(again) == list(table)
+
+
+def test_of_the_paper_s_data_sets_those_that_are_not_there_are_named(data, tmp_path, one_device, monkeypatch, capsys):
+  monkeypatch.setattr(transfer, "_evaluate", lambda task, *_: {**ROW, "published": task.published})
+  assert command.main(argv(data, tmp_path, "paper")) == 0
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert list(result["datasets"]) == ["aircraft", "voc2007"]
+  assert len(result["missing"]) == 10
+  assert "prepare it with: tfds build sun397/standard-part1-120k --data_dir=" in result["missing"]["sun397"]
+  assert f'no folder "{data}/birdsnap"' in result["missing"]["birdsnap"]
+  assert "food101 is left out: TFDS data set" in capsys.readouterr().err
+  # What is named is wanted.
+  assert command.main(argv(data, tmp_path, "paper,dtd")) == 2
+  assert 'TFDS data set "dtd" is not prepared' in capsys.readouterr().err
+
+
+ROW = {"metric": "top1", "value": 0.5, "l2": 1.0, "classes": 2, "examples": {"test": 8}}
+
+
+def test_where_none_of_them_is_there_the_job_fails(tmp_path, one_device, capsys):
+  assert command.main(argv(tmp_path, tmp_path / "run", "paper")) == 2
+  assert "none of the 12 data sets is there; TFDS data set" in capsys.readouterr().err
+
+
+def test_real_images_of_parts_of_splits(tfds_dir, tmp_path, one_device):
+  datasets = "cifar10:train[:300]:train[300:400]:test[:100]"
+  assert command.main(argv(tfds_dir, tmp_path, datasets)) == 0
+  ((key, row),) = json.loads((tmp_path / "result.json").read_text())["datasets"].items()
+  assert key == "cifar10_train_300_train_300_400_test_100"
+  assert row["examples"] == {"train": 300, "validation": 100, "test": 100}
+  # Of ten classes; raw colours alone give a fifth.
+  assert 0.1 < row["value"] < 0.5
+
+
+def clusters(examples, rng, centre):
+  y = rng.integers(0, len(centre), examples)
+  return (centre[y] + 2 * rng.standard_normal((examples, centre.shape[1]))).astype(np.float32), y.astype(np.int32)
+
+
+def test_the_protocol_is_scikit_learn_s_on_the_same_features(monkeypatch):
+  rng = np.random.default_rng(0)
+  centre = rng.standard_normal((4, 12))
+  read = {part: clusters(size, rng, centre) for part, size in (("train", 60), ("validation", 57), ("test", 83))}
+  monkeypatch.setattr(transfer, "_features", lambda encode, variables, source, config, mesh: read[source.name])
+  config = command.load_config(
+    str(ROOT / "configs/base.py"), {"transfer.lbfgs_tolerance": "1e-6", "transfer.lbfgs_steps": "500"}
+  )
+  splits = {part: sources.Source(part, len(read[part][0]), 4, (), None) for part in read}
+  strengths = np.geomspace(1e-2, 1e4, 9)
+  task = transfer_sets.Task("a", "tfds", "a", None, "mean_per_class")
+  result = transfer._evaluate(task, splits, None, None, config, strengths, None)
+
+  def theirs(train, test, l2):
+    fitted = linear_model.LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000).fit(*train)
+    return scores.mean_per_class(fitted.decision_function(test[0]), test[1])
+
+  by_strength = [theirs(read["train"], read["validation"], l2) for l2 in strengths]
+  assert [cell["value"] for cell in result["validation"]] == pytest.approx(by_strength, abs=1e-12)
+  best = max(l2 for l2, value in zip(strengths, by_strength, strict=True) if value == max(by_strength))
+  assert result["l2"] == best
+  assert strengths[0] < best < strengths[-1]
+  both = [np.concatenate(pair) for pair in zip(read["train"], read["validation"], strict=True)]
+  assert result["value"] == pytest.approx(theirs(both, read["test"], best), abs=1e-12)
+
+
+def test_labels_of_voc_are_vectors_and_difficult_ones_do_not_count(data):
+  source = sources.load("tfds", name="voc/2007", split="train", data_dir=str(data), multi_label=True)
+  assert (source.multi_label, source.num_classes, source.class_names[5]) == (True, 20, "bus")
+  show = lambda content, seed: {"shape": tf.shape(sources.decode_image(content))}
+  (rows,) = pipeline.evaluation_batches(source, show, batch_size=32, process_index=0, process_count=1)
+  assert rows["label"].shape == (32, 20)
+  wanted = np.zeros((24, 20), np.int32)
+  wanted[np.arange(24), np.arange(24) % 3] = 1
+  wanted[1::4, 5], wanted[3::4, 5] = 1, -1
+  np.testing.assert_array_equal(rows["label"][:24], wanted)
+  # Who did not ask for vectors sees a data set without labels.
+  source = sources.load("tfds", name="voc/2007", split="train", data_dir=str(data))
+  assert (source.multi_label, source.num_classes) == (False, 0)
+
+
+def test_regressions_of_many_labels_are_one_of_two_classes_for_each(x64):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((101, 5))
+  y = (x @ rng.standard_normal((5, 3)) + rng.standard_normal((101, 3)) > 0).astype(np.int32)
+  y[rng.random((101, 3)) < 0.2] = -1
+  strengths = [0.1, 1e-3]
+  params, ended = probes.logistic_regression(
+    x, y, classes=3, l2_strengths=strengths, max_steps=300, tolerance=1e-9, mesh=sharding.data_mesh()
+  )
+  assert max(ended["gradient"]) <= 1e-9
+  for number, logits in enumerate(probes.logits(params, x, mesh=sharding.data_mesh())):
+    for label in range(3):
+      known = y[:, label] >= 0
+      # C is the inverse of the strength on sums over examples; unknown labels leave the others' weight alone.
+      fitted = linear_model.LogisticRegression(C=1 / (len(x) * strengths[number]), tol=1e-10, max_iter=5000)
+      fitted.fit(x[known], y[known, label])
+      np.testing.assert_allclose(logits[:, label], fitted.decision_function(x), rtol=0, atol=2e-4)
+
+
+def test_the_view_is_the_central_square_of_the_image_with_its_shorter_side_resized():
+  image = RNG.integers(0, 256, (40, 67, 3)).astype(np.uint8)
+  wanted = tf.image.resize(image / np.float32(255), [24, 40], method="bicubic").numpy()[:, 8:32]
+  np.testing.assert_allclose(host_augment.transfer_view(image, size=24), np.clip(wanted, 0, 1), atol=1e-5)
+  tall = host_augment.transfer_view(image.transpose(1, 0, 2), size=24).numpy()
+  np.testing.assert_allclose(tall.transpose(1, 0, 2), np.clip(wanted, 0, 1), atol=1e-5)
+  small = RNG.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+  np.testing.assert_allclose(host_augment.transfer_view(small, size=32), small / np.float32(255), atol=1e-6)
+  encoded = io.BytesIO()
+  Image.fromarray(small).save(encoded, "png")
+  np.testing.assert_array_equal(
+    host_augment.transfer_view(encoded.getvalue(), size=32), host_augment.transfer_view(small, size=32)
+  )
+
+
+def test_names_of_data_sets_are_read():
+  tasks = transfer_sets.chosen(
+    "cifar10,voc/2007,sun397,mnist:train[:90%]:train[90%:]:test,a:b::c,folder:/d/pics/", "/d"
+  )
+  assert [(task.key, task.location, task.splits) for task in tasks] == [
+    ("cifar10", "cifar10", ("train", "", "test")),
+    ("voc2007", "voc/2007", ("train", "validation", "test")),
+    ("sun397", "sun397/standard-part1-120k", ("train", "", "test")),
+    ("mnist_train_90%_train_90%_test", "mnist", ("train[:90%]", "train[90%:]", "test")),
+    ("a_b_c", "a", ("b", "", "c")),
+    ("pics", "/d/pics", None),
+  ]
+  assert len(transfer_sets.chosen("paper,cifar10", "/d")) == 12
+  assert [t.location for t in transfer_sets.chosen("birdsnap,folder:/e/aircraft", "/d")] == [
+    "/d/birdsnap",
+    "/e/aircraft",
+  ]
+  other = transfer_sets.Task("a", "tfds", "a", None)
+  assert transfer_sets.splits_of(other, ("train", "test")) == ("train", "", "test")
+  assert transfer_sets.splits_of(other, ("train", "validation")) == ("train", "", "validation")
+  assert transfer_sets.splits_of(other, ("test", "train", "validation")) == ("train", "validation", "test")
+  with pytest.raises(errors.UserError, match="a has the splits train, not train and test; name three as NAME:TRAIN"):
+    transfer_sets.splits_of(other, ("train",))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "said"),
+  [
+    ({"transfer.datasets": "tiny,cifar10:train"}, "config.transfer.datasets has 'cifar10:train'; give paper"),
+    ({"transfer.datasets": "tiny,"}, "config.transfer.datasets has ''; give paper"),
+    ({"transfer.datasets": "folder:/a/x,folder:/b/x"}, "several data sets 'x'"),
+    ({"transfer.datasets": "tiny,tinny"}, 'unknown TFDS data set "tinny"'),
+    ({"transfer.datasets": "tiny:train::tset"}, 'cannot take split "tset"'),
+    ({"transfer.l2_low": "0"}, "config.transfer has l2_strengths 4 from l2_low 0.0"),
+    ({"transfer.validation_share": "1"}, "config.transfer.validation_share is 1.0; use a share"),
+    ({"checkpoint": ""}, "transfer has no encoder; give --config.checkpoint=RUN"),
+  ],
+)
+def test_a_mistake_gets_one_line(data, tmp_path, one_device, monkeypatch, capsys, overrides, said):
+  monkeypatch.setattr(transfer, "_evaluate", lambda *_: pytest.fail("computed before all was known to fit"))
+  if overrides.get("checkpoint") != "":
+    monkeypatch.setattr(transfer.representation, "load", lambda *_, **__: (None, None))
+  assert command.main(argv(data, tmp_path, "tiny", **overrides)) == 2
+  err = capsys.readouterr().err
+  assert said in err
+  assert err.count("\n") == 1
