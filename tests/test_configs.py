@@ -113,3 +113,15 @@ def reads(file, key):
 
 
 RECIPES = (["linear_eval"], ["finetune"], ["distill"])
+
+
+def test_the_table_of_features_names_keys_and_jobs_that_exist():
+  page = (PACKAGE.parent / "docs" / "features.md").read_text()
+  known = checkpoint.flat(config("base.py").to_dict())
+  quoted = [text.partition("=")[0].partition(":")[0] for text in re.findall(r"`([^`]+)`", page.split("## Flags")[1])]
+  ours = [name for name in quoted if re.fullmatch(r"[a-z_]+\.[a-z_.]+", name) and not name.startswith("simclr_jax")]
+  assert len(ours) > 40
+  assert [name for name in ours if name not in known] == []
+  flags = re.findall(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|", page)
+  assert sum(len(row.split(", ")) for row in flags) == 50  # TF1 and TF2 together have so many different ones.
+  assert {"pretrain", "finetune", "linear_eval", "distill", "convert", "study", "transfer", "knn"} <= set(quoted)

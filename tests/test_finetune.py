@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -248,6 +249,25 @@ def test_a_student_learns_from_a_tuned_teacher(tuned, tmp_path, cached):
   wanted = 0.7 * row["train/distill_loss"] + 0.3 * row["train/supervised_loss"]
   assert row["train/loss"] == pytest.approx(wanted, rel=1e-5)
   assert checkpoint.classes(str(tmp_path)) == 10
+
+
+@shares_a_run
+def test_a_student_that_was_stopped_goes_on_bit_for_bit(tuned, tmp_path):
+  settings = [f"--config.distill.teacher={tuned}", "--config.model.width=0.0625", "--config.distill.total_epochs=0.3"]
+  settings += ["--config.checkpoint_every_steps=1", "--config.keep_checkpoints=9", "--config.log_every_steps=1"]
+  job("distill", tmp_path, *settings)
+  whole, rows = arrays_of(tmp_path), (tmp_path / "metrics.jsonl").read_text().splitlines()
+  # As a kill after the second step leaves the folder: later rows may be there, a later checkpoint is not.
+  for step in (tmp_path / "checkpoints").iterdir():
+    if int(step.name) > 2:
+      shutil.rmtree(step)
+  (tmp_path / "result.json").unlink()
+  job("distill", tmp_path, *settings)
+  again = arrays_of(tmp_path)
+  assert again.keys() == whole.keys()
+  assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
+  losses = lambda lines: [json.loads(line).get("train/loss") for line in lines]
+  assert losses((tmp_path / "metrics.jsonl").read_text().splitlines()) == losses(rows)
 
 
 @shares_a_run

@@ -1,0 +1,78 @@
+"""Every job once on CIFAR-10, for two CPU cores: pretrain, evaluate, fine-tune with few labels, distil, transfer.
+
+  .venv/bin/python scripts/cifar10_chain.py --data_dir=TFDS_DIR [--runs=runs/chain]
+
+Each step is one command, printed before it runs; a chain that was stopped goes on where it was. What the runs found
+goes to results/cifar10_chain.json, with commit, commands and seconds, and a table to the terminal.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+from simclr_jax.benchmarks import measure
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CONFIG = "--config=configs/cifar10.py:small"
+SCRATCH = [
+  # What suited the supervised baselines best of 0.05, 0.1, 0.2, 0.4 (1 % and 10 %).
+  "--config.finetune.optimizer.base_learning_rate=0.2",
+  "--config.finetune.optimizer.weight_decay=1e-4",
+]
+
+
+def steps(runs: str):
+  """Returns (name, job, arguments) of every step in order."""
+  start = f"--config.checkpoint={runs}/pretrain"
+  few = {"1pct": "--config.labels.fraction=0.01", "10pct": "--config.labels.fraction=0.1"}
+  student = ["--config.model.width=0.125"]
+  features = "--config.linear_eval.protocol=features"
+  yield "pretrain", "pretrain", [CONFIG, "--config.total_epochs=24"]
+  yield "linear_eval", "linear_eval", [start]
+  yield "linear_features", "linear_eval", [start, features]
+  yield "linear_features_random", "linear_eval", [CONFIG, "--config.checkpoint=random", features]
+  yield "knn", "knn", [start]
+  for name, labels in few.items():
+    yield f"finetune_{name}", "finetune", [start, labels]
+    yield f"supervised_{name}", "finetune", [CONFIG, labels, *SCRATCH]
+  teacher = f"--config.distill.teacher={runs}/finetune_10pct"
+  yield "student_supervised_10pct", "finetune", [CONFIG, *student, few["10pct"], *SCRATCH]
+  yield "student_distilled", "distill", [CONFIG, *student, teacher]
+  yield "transfer", "transfer", [start, "--config.transfer.datasets=cifar10"]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--data_dir", required=True)
+  parser.add_argument("--runs", default="runs/chain")
+  parser.add_argument("--only", default="", help="steps by name, with commas between; the record keeps the others")
+  options = parser.parse_args()
+  path = ROOT / "results" / "cifar10_chain.json"
+  record = json.loads(path.read_text()) if path.exists() else {}
+  for name, job, arguments in steps(options.runs):
+    if options.only and name not in options.only.split(","):
+      continue
+    command = ["-m", "simclr_jax", job, *arguments, f"--config.data.dir={options.data_dir}"]
+    command.append(f"--workdir={options.runs}/{name}")
+    shown = "python " + " ".join(command).replace(options.data_dir, "DIR")
+    print(f"\n$ {shown}", flush=True)
+    begin = time.monotonic()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    result = json.loads((ROOT / options.runs / name / "result.json").read_text())
+    seconds = round(time.monotonic() - begin)
+    record[name] = {**measure.circumstances(shown), "seconds": seconds, "result": result}
+    path.write_text(json.dumps(record, indent=2) + "\n")
+  print("\n" + "\n".join(f"{name:<28}{_headline(entry['result'])}" for name, entry in record.items()))
+
+
+def _headline(result: dict) -> str:
+  names = ("eval/top1", "eval/knn_top1", "eval/online_top1")
+  return next((f"{100 * result[name]:6.2f} %  {name}" for name in names if name in result), "")
+
+
+if __name__ == "__main__":
+  main()
