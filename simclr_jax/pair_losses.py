@@ -11,7 +11,7 @@ def pair_loss(kind: str, z: jax.Array, *, temperature: jax.Array, margin: float)
   """Returns the mean over all 2N embeddings of one of KINDS.
 
   Table 2 of Chen et al. 2020. A row's positive p is the other view of its image, its negatives are those N-1 views of
-  the other images that p was drawn with ("negatives from one augmented view", v1 section 5.1); its loss is
+  the other images that p was drawn with (v1 section 5.1 too takes the negatives of one view only); its loss is
 
     margin       the mean over its negatives n of max(0, margin + z.n - z.p)
     nt_logistic  ln(1 + exp(-z.p / temperature)) + the mean over its negatives of ln(1 + exp(z.n / temperature))

@@ -30,6 +30,7 @@ def test_every_experiment_has_the_keys_of_the_base(path):
     ("cifar10.py", 50_000, 97_657, 976, 2.0),
     ("imagenet.py:v1", 1_281_167, 312_785, 3_127, 4.8),
     ("imagenet.py:v2", 1_281_167, 250_228, 12_511, 6.4),
+    ("imagenet.py:v2_memory", 1_281_167, 250_228, 12_511, 6.4),
     ("imagenet.py:readme", 1_281_167, 31_279, 3_127, 4.8),
   ],
 )

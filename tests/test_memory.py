@@ -11,8 +11,11 @@ import pytest
 import small_step
 from test_losses import random_views
 
-from simclr_jax import checkpoint, errors, losses, sharding
+from configs import demo
+from simclr_jax import checkpoint, cost, errors, losses, sharding
 from simclr_jax import memory as memory_lib
+from simclr_jax import state as state_lib
+from simclr_jax.jobs import pretrain
 
 DECAY = 0.999  # The step's default.
 VIEWS = 2 * small_step.IMAGES
@@ -217,6 +220,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
   with pytest.raises(errors.UserError, match="extra array training/memory"):
     after.restore_latest(plain)
   after.close()
+
+
+def test_a_plan_counts_the_memory_and_its_pass():
+  config = demo.get_config()
+  mesh = sharding.data_mesh(jax.devices()[:1])
+  model, tx, _, _ = pretrain.parts_of(config, examples=6000, classes=4)
+  plain = state_lib.abstract(model, 32, tx, mesh, split=False)
+  assert pretrain.with_memory(config, model, plain) is plain
+  forward = pretrain.forward_flops(config, model, plain)
+  without = pretrain.step_flops(config, forward)
+  config.memory.size = 1024
+  memory = pretrain.with_memory(config, model, plain).memory
+  assert memory["buffer"].shape == (1024, 64)
+  weights = state_lib.count(plain.params["encoder"]) + state_lib.count(plain.params["projection_head"])
+  assert cost.bytes_per_device(memory) == 4 * (weights + 1024 * 64)
+  # A forward pass of 128 images, and scores and their gradient for 256 views against 1024 embeddings of 64 numbers.
+  assert pretrain.step_flops(config, forward) - without == 128 * forward + 2 * (2 * 256 * 1024 * 64)
 
 
 def test_without_a_memory_nothing_of_it_is_saved(tmp_path):
