@@ -69,6 +69,11 @@ def main(argv: list[str]) -> int:
       print(f"{_doc(name)}\n\n{USAGE}")
       return 0
     flags, config_file, overrides = parse(argv[1:], JOBS[name])
+    if "topology" in flags or "gpu" in flags:
+      # The devices are described ones, or those of processes of their own: this one leaves them alone.
+      jax.config.update("jax_platforms", "cpu")
+    # First of all: to read a checkpoint's config is to use the devices.
+    _join(flags)
     inputs = []
     if name in WITHOUT_CONFIG:
       if config_file or overrides:
@@ -81,10 +86,6 @@ def main(argv: list[str]) -> int:
     workdir = flags.get("workdir") or DEFAULT_WORKDIR.get(name, "")
     if not workdir and "profile_input" not in flags:
       raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
-    if "topology" in flags or "gpu" in flags:
-      # The devices are described ones, or those of processes of their own: this one leaves them alone.
-      jax.config.update("jax_platforms", "cpu")
-    _join(flags)
     telemetry.set_up_logging()
     # Imported late: it brings TensorFlow, and --help should answer at once.
     job = importlib.import_module(f"simclr_jax.jobs.{name}")

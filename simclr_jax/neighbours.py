@@ -115,7 +115,7 @@ def _search(examples, own, k, mesh, queries, block):
 
     def step(best, part):
       number, rows = part
-      index = first + number * block + jnp.arange(block)
+      index = first + number * block + jnp.arange(block, dtype=jnp.int32)
       similarity = jnp.matmul(x, rows.T, precision=jax.lax.Precision.HIGHEST)
       similarity = jnp.where(index[None] < examples, similarity, -jnp.inf)
       # What was found before has lower rows and stands first, so that top_k, which is stable, resolves ties.
@@ -127,7 +127,7 @@ def _search(examples, own, k, mesh, queries, block):
 
     start = (jnp.full((queries, k), -jnp.inf, jnp.float32), jnp.full((queries, k), examples, jnp.int32))
     start = jax.lax.pcast(start, sharding.AXIS, to="varying")
-    parts = (jnp.arange(own // block), keys.reshape(own // block, block, -1))
+    parts = (jnp.arange(own // block, dtype=jnp.int32), keys.reshape(own // block, block, -1))
     found, _ = jax.lax.scan(step, start, parts)
     # By query instead of by training row: each device gets all candidates of its queries, in the order of the devices.
     merged = [jax.lax.all_to_all(part, sharding.AXIS, split_axis=0, concat_axis=1, tiled=True) for part in found]

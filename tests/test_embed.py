@@ -210,13 +210,14 @@ def test_a_layer_of_the_projection_head_of_a_checkpoint(pretrained, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_two_processes_deal_the_files_out_and_write_what_one_does(tmp_path):
+def test_two_processes_deal_the_files_out_and_write_what_one_does(pretrained, tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+  argv = [sys.executable, "-m", "simclr_jax", "embed", f"--config.checkpoint={pretrained[0]}"]
   start = lambda workdir, *more: subprocess.Popen(
-    [sys.executable, "-m", "simclr_jax", "embed", *TINY, f"--workdir={tmp_path}/{workdir}", *more],
+    [*argv, f"--workdir={tmp_path}/{workdir}", *more],
     cwd=ROOT,
     env=environment,
     stderr=subprocess.PIPE,
@@ -229,5 +230,7 @@ def test_two_processes_deal_the_files_out_and_write_what_one_does(tmp_path):
   results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
   assert results[0] == results[1]
   one, two = (whole(tmp_path / name, results[0]) for name in ("one", "two"))
-  for name in one:
+  for name in ("name", "label", "index"):
     np.testing.assert_array_equal(one[name], two[name])
+  # Each process has half of the batch.
+  np.testing.assert_allclose(one["features"], two["features"], rtol=1e-5)
