@@ -1,4 +1,4 @@
-"""The pictures of a run: view pairs, curves, a map of the features."""
+"""The pictures of a run: view pairs, curves, a map of the features; and those of a study: heat maps, bars, lines."""
 
 import matplotlib
 
@@ -17,6 +17,7 @@ COLORS = (
 
 
 PAIRS = 12  # What fits into one row.
+COLUMNS = 3  # Of panels of curves.
 
 
 def view_pairs(views, path: str, *, pairs: int = PAIRS) -> None:
@@ -48,8 +49,13 @@ def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path
     path: of the PNG.
     title: above the panels.
   """
-  figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False)
-  for axis, (heading, names) in zip(axes[0], panels.items(), strict=True):
+  columns = min(len(panels), COLUMNS)
+  rows_of_panels = -(-len(panels) // columns)
+  size = (4.2 * columns, 4.4 * rows_of_panels)
+  figure, axes = plt.subplots(rows_of_panels, columns, figsize=size, squeeze=False)
+  for axis in axes.flat[len(panels) :]:
+    axis.set_visible(False)
+  for axis, (heading, names) in zip(axes.flat, panels.items(), strict=False):
     for color, (name, label) in zip(COLORS, names.items(), strict=False):
       points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
       if points:
@@ -89,6 +95,106 @@ def embedding_map(features, labels, names, path: str, *, title: str, seed: int =
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
   axis.set(xticks=[], yticks=[], title=title)
   _save(figure, path)
+
+
+def heat_maps(
+  panels: dict[str, dict], rows, columns, path: str, *, title: str, unit: str, axes: tuple[str, str]
+) -> None:
+  """Draws tables of percentages as colours with numbers, each with a column of row averages; what is missing is grey.
+
+  Args:
+    panels: heading -> {(row, column): %, or None where there is none}.
+    rows, columns: labels, in order.
+    path: of the PNG.
+    title: above the panels.
+    unit: what the numbers are.
+    axes: names of rows and columns.
+  """
+  size = (1.05 * (len(columns) + 2.6) * len(panels), 0.72 * len(rows) + 2.0)
+  figure, drawn = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+  for axis, (heading, values) in zip(drawn[0], panels.items(), strict=True):
+    table = np.array([[_number(values.get((row, column))) for column in columns] for row in rows])
+    averages = [np.mean(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in table]
+    # An empty column sets the averages apart.
+    shown = np.column_stack([table, np.full(len(rows), np.nan), averages])
+    low, high = (np.nanmin(table), np.nanmax(table)) if not np.isnan(table).all() else (0.0, 1.0)
+    colors = plt.get_cmap("viridis")
+    axis.imshow(shown, cmap=colors, vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+    for (y, x), value in np.ndenumerate(shown):
+      if x == len(columns):
+        continue
+      if np.isnan(value):
+        axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#d9d9d9", edgecolor="white"))
+        continue
+      light = (value - low) / max(high - low, 1e-6) > 0.6
+      axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="black" if light else "white", fontsize=10)
+    axis.set(title=heading, xlabel=axes[1], ylabel=axes[0])
+    axis.set_xticks([*range(len(columns)), len(columns) + 1], [*columns, "average"], rotation=35, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+  figure.suptitle(f"{title}: {unit}")
+  _save(figure, path)
+
+
+def bars(panels: dict[str, dict], path: str, *, title: str, unit: str, axis_name: str) -> None:
+  """Draws one bar a setting, with its number; a setting without one keeps its place.
+
+  Args:
+    panels: heading -> {setting: %, or None where there is none}.
+    path: of the PNG.
+    title: above the panels.
+    unit: what the numbers are.
+    axis_name: what the settings are of.
+  """
+  most = max(len(values) for values in panels.values())
+  figure, axes = plt.subplots(1, len(panels), figsize=((0.95 * most + 1.5) * len(panels), 4.4), squeeze=False)
+  for number, (axis, (heading, values)) in enumerate(zip(axes[0], panels.items(), strict=True)):
+    heights = [_number(value) for value in values.values()]
+    # Ours first, in colour; what others published in grey.
+    drawn = axis.bar(range(len(values)), np.nan_to_num(heights), color="#999999" if number else COLORS[0], width=0.7)
+    axis.bar_label(drawn, [f"{value:.1f}" if not np.isnan(value) else "–" for value in heights], padding=2)
+    axis.set(title=heading, xlabel=axis_name, ylabel=unit)
+    axis.set_xticks(range(len(values)), [name.replace("_", " ") for name in values], rotation=30, ha="right")
+    axis.margins(y=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(title)
+  _save(figure, path)
+
+
+def lines(panels: dict[str, dict], path: str, *, title: str, unit: str, axis_name: str, legend: str) -> None:
+  """Draws families of points over numbers on a logarithmic axis.
+
+  Args:
+    panels: heading -> {(line, variant): {x: %, or None where there is none}}; the variants of a line share its colour.
+    path: of the PNG.
+    title: above the panels.
+    unit: what the numbers are.
+    axis_name: of x.
+    legend: what the lines are of.
+  """
+  figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.8), squeeze=False)
+  for axis, (heading, families) in zip(axes[0], panels.items(), strict=True):
+    names, variants = (list(dict.fromkeys(part)) for part in zip(*families, strict=True))
+    ticks = {}
+    for (name, variant), values in families.items():
+      points = sorted((float(x), _number(y)) for x, y in values.items())
+      ticks |= {float(x): x for x in values}
+      x, y = zip(*[point for point in points if not np.isnan(point[1])] or [(np.nan, np.nan)], strict=True)
+      style = {"linestyle": ("-", "--", ":")[variants.index(variant) % 3], "marker": "os^"[variants.index(variant) % 3]}
+      axis.plot(x, y, color=COLORS[names.index(name) % len(COLORS)], label=f"{name} {variant}".strip(), **style)
+    axis.set(title=heading, xlabel=axis_name, ylabel=unit, xscale="log")
+    axis.set_xticks(sorted(ticks), [ticks[x] for x in sorted(ticks)])
+    axis.xaxis.set_minor_locator(plt.NullLocator())
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(title=legend, frameon=False, fontsize=8, ncols=len(variants))
+  figure.suptitle(title)
+  _save(figure, path)
+
+
+def _number(value) -> float:
+  return np.nan if value is None else float(value)
 
 
 def _save(figure, path: str) -> None:

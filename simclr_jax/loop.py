@@ -295,3 +295,5 @@ def _termination_notice():
     yield lambda step: bool(received)
   finally:
     signal.signal(signal.SIGTERM, previous)
+    if received and callable(previous):  # Whoever runs one training after the other wants to know as well.
+      previous(signal.SIGTERM, None)

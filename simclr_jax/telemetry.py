@@ -38,6 +38,17 @@ def set_up_logging() -> None:
   log.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
 
 
+@contextlib.contextmanager
+def quiet():
+  """Within it there are no progress bars, and the log has warnings only: for jobs that are a part of another one."""
+  before = log.level
+  log.setLevel(max(before, logging.WARNING))
+  try:
+    yield
+  finally:
+    log.setLevel(before)
+
+
 class Telemetry:
   """Writes metric rows and draws the progress bar of one run; use it as a context manager.
 
@@ -92,7 +103,13 @@ class Telemetry:
     else:
       log.info("TensorFlow or clu is not installed: metrics go to %s only.", path)
     self._bar = tqdm.tqdm(
-      total=total_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1
+      total=total_steps,
+      initial=start_step,
+      desc=title,
+      unit="step",
+      dynamic_ncols=True,
+      smoothing=0.1,
+      disable=log.level > logging.INFO,
     )
     self._bar.set_postfix_str("compiling the step")
 

@@ -1,0 +1,162 @@
+"""study: a grid of the paper's, each cell pretrained and evaluated; runs or resumes it, and draws its figure.
+
+Needs --config (what the cells have in common), --workdir and --study=NAME:
+
+  augmentations    compositions of two augmentations, a heat map (v1 figure 5)
+  color_strength   of the colour distortion (table 1)
+  batch_epochs     batch size x epochs, linear and square-root learning rates (figure 9, table B.1)
+  temperature      temperature x normalisation (table 5)
+  head             kind of projection head x output dimension (figure 8)
+  loss             kind of loss (table 4)
+  encoder          depth x width (figure 7)
+
+  --rows=a,b --columns=c,d   a part of the grid, or numbers of one's own where an axis is one of numbers
+  --evaluation=linear        linear (linear_eval on features that are computed once) | reference (linear_eval with
+                             augmented images) | knn
+
+A cell is an ordinary run in DIR/cells/ROW-COLUMN/pretrain, evaluated in .../linear, .../reference or .../knn. Finished
+cells are not run again, an interrupted one continues, the rest goes on where one fails. Writes `study.json`,
+`result.json` and figures/NAME.png, after each cell. Exit code 2 if cells failed by a mistake in their input (one that
+diverges is such), 1 if one failed by a bug of ours. docs/studies.md has the published numbers.
+"""
+
+import contextlib
+import gc
+import signal
+import time
+import traceback
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+from tqdm import auto as tqdm
+
+from simclr_jax import checkpoint, errors, loop, studies, telemetry
+from simclr_jax.jobs import pretrain, setup, study_grid
+
+# Below this a program is compiled again rather than kept.
+KEPT_COMPILE_SECONDS = 0.1
+
+
+def run(
+  config, workdir: str, *, study: str = "", rows: str = "", columns: str = "", evaluation: str = "linear"
+) -> dict:
+  """Runs what is missing of a grid, and returns (and writes to `result.json`) its accuracies."""
+  chosen = _checked(config, study, rows, columns, evaluation)
+  checkpoint.claim_workdir(workdir, {**config.to_dict(), "study": study}, "study", setup.FREE_KEYS)
+  grid = study_grid.Grid(study, config, workdir, evaluation, *chosen)
+  due = grid.due(*chosen)
+  telemetry.log.info(
+    "study %s: %d cells, each pretrained and evaluated (%s), in %s", study, len(due), evaluation, workdir
+  )
+  bugs = []
+  with _compiled_in(str(epath.Path(workdir) / "compiled")), _stopping(), _bar(len(due)) as bar:
+    for number, labels in enumerate(due, 1):
+      known = grid.refresh(labels)
+      if not known:
+        bugs += _run_cell(grid, labels)
+        grid.write()
+        # A cell's programs, and the arrays that they hold, are of no use to another: what can be shared is on disk.
+        jax.clear_caches()
+        gc.collect()
+      telemetry.log.info("[%d/%d] %s%s", number, len(due), grid.outcome(labels), ", finished before" if known else "")
+      bar.update()
+  result = grid.write()
+  grid.draw()
+  telemetry.log.info("Figure: %s", grid.figure)
+  failed = [labels for labels in due if grid.cells[labels]["state"] == study_grid.FAILED]
+  if bugs:
+    raise RuntimeError(f"{len(bugs)} of {len(due)} cells failed by a bug, first: {bugs[0]}") from bugs[0]
+  if failed:
+    raise errors.UserError(
+      f"{len(failed)} of {len(due)} cells failed, the others are done; first {grid.outcome(failed[0])} "
+      "The same command runs those that failed again."
+    )
+  return result
+
+
+def _checked(config, study, rows, columns, evaluation) -> list[tuple[str, ...]]:
+  """Returns the labels of the rows and columns asked for, once the command is known to make sense."""
+  if study not in studies.STUDIES:
+    named = f"--study={study} is unknown{errors.nearest(study, studies.STUDIES)}" if study else "study has no --study"
+    raise errors.UserError(f"{named}; give --study=NAME, one of {', '.join(studies.STUDIES)}.")
+  known = study_grid.EVALUATIONS
+  if evaluation not in known:
+    raise errors.UserError(
+      f"--evaluation={evaluation} is unknown{errors.nearest(evaluation, known)}; use {', '.join(known)}."
+    )
+  if jax.process_count() > 1:
+    raise errors.UserError(
+      f"study is one process with all its devices, and this is one of {jax.process_count()}; start it alone, or give "
+      "each machine its own --rows and --workdir."
+    )
+  definition, base = studies.STUDIES[study], checkpoint.flat(config.to_dict())
+  return [
+    axis.chosen(text, option) if text else axis.default(base)
+    for axis, text, option in ((definition.rows, rows, "rows"), (definition.columns, columns, "columns"))
+  ]
+
+
+def _run_cell(grid: study_grid.Grid, labels: study_grid.Labels) -> list[Exception]:
+  """Runs what is missing of one cell; returns the exception if it failed by a bug of ours."""
+  begin, cell = time.monotonic(), grid.cells[labels]
+  bugs = []
+  try:
+    (pretrained, evaluated), (pretraining, evaluating) = grid.folders(labels), grid.configs(labels)
+    with telemetry.quiet():
+      if not grid.pretrained(labels):
+        pretrain.run(pretraining, pretrained, draw=False)
+      grid.job.run(evaluating, evaluated)
+    grid.refresh(labels)
+  except errors.UserError as error:
+    cell |= {"state": study_grid.FAILED, "error": str(error)}
+  except Exception as error:
+    telemetry.log.error("%s", traceback.format_exc())
+    cell |= {"state": study_grid.FAILED, "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    bugs.append(error)
+  cell["seconds"] = round(time.monotonic() - begin, 1)
+  return bugs
+
+
+def _bar(cells: int):
+  return tqdm.tqdm(
+    total=cells, desc="study", unit="cell", dynamic_ncols=True, disable=not telemetry.log.isEnabledFor(20)
+  )
+
+
+@contextlib.contextmanager
+def _compiled_in(folder: str):
+  """Keeps compiled programs in a folder, where later cells find those that are theirs too; a cache of the user's stays.
+
+  Most of a small cell's time would go into compiling the same encoder, classifier and initialisation again.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    yield
+    return
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  _use_cache(folder, KEPT_COMPILE_SECONDS)
+  try:
+    yield
+  finally:
+    _use_cache(None, least)
+
+
+def _use_cache(folder: str | None, least_seconds: float) -> None:
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
+  # It looks at the folder once, before the first compilation.
+  compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _stopping():
+  """Lets SIGTERM end the study where it is; the loop, which has a handler of its own, saves and passes it on."""
+
+  def stop(*_):
+    raise loop.Preempted(loop.PREEMPTED)
+
+  previous = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)

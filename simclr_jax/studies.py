@@ -1,0 +1,284 @@
+"""The studies of the v1 paper as data: what varies, the config of each cell, and what the paper found on ImageNet."""
+
+import dataclasses
+import fractions
+from collections.abc import Callable
+from typing import Any
+
+from simclr_jax import errors
+
+Overrides = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+  """One of the two things that vary.
+
+  Attributes:
+    name: as a figure says it.
+    labels: of its values; where `factor_of` is set, factors of that key of the base config.
+    number: None where `labels` are all there is, else the type of number that `--rows` and `--columns` may give.
+    factor_of: key of the config, or "".
+  """
+
+  name: str
+  labels: tuple[str, ...] = ("",)
+  number: type | None = None
+  factor_of: str = ""
+
+  def default(self, base: Overrides) -> tuple[str, ...]:
+    """Returns the labels for a base config, flat."""
+    if not self.factor_of:
+      return self.labels
+    return tuple(f"{float(base[self.factor_of] * fractions.Fraction(label)):g}" for label in self.labels)
+
+  def chosen(self, text: str, option: str) -> tuple[str, ...]:
+    """Returns the labels that --`option`=`text` names.
+
+    Raises:
+      UserError: one of them is no value of this axis.
+    """
+    return tuple(dict.fromkeys(self._chosen(part.strip(), option, text) for part in text.split(",")))
+
+  def _chosen(self, part, option, text):
+    if part in self.labels and not self.factor_of:
+      return part
+    if self.number is not None:
+      try:
+        value = self.number(part)
+      except ValueError:
+        value = 0
+      if 0 < value < float("inf"):
+        return f"{value:g}" if self.number is float else str(value)
+      wanted = f"positive {'whole ' if self.number is int else ''}numbers with commas between"
+      wanted += "" if self.factor_of else f", such as {','.join(self.labels)}"
+    else:
+      wanted = f"some of {', '.join(label for label in self.labels if label) or 'nothing: it has one value'}"
+    raise errors.UserError(
+      f"--{option}={text}: {part!r} is no {self.name}{errors.nearest(part, self.labels)}; give {wanted}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A grid of runs.
+
+  Attributes:
+    title: of the figure.
+    source: where the paper has it.
+    rows, columns: what varies.
+    overrides: (row, column, variant, base config, flat) -> what this cell sets, by key.
+    chart: heat_map | bars | lines_over_rows | lines_over_columns.
+    published: what the paper found, as `published_is` says, % by (row, column, variant).
+    published_is: the published experiment in a few words.
+    variants: of every cell.
+    folder: (row, column, variant) -> name of the cell; cells of one name are one run.
+  """
+
+  title: str
+  source: str
+  rows: Axis
+  columns: Axis
+  overrides: Callable[[str, str, str, Overrides], Overrides]
+  chart: str
+  published: dict[tuple[str, str, str], float]
+  published_is: str
+  variants: tuple[str, ...] = ("",)
+  folder: Callable[[str, str, str], str] = lambda *labels: "-".join(label for label in labels if label)
+
+
+def _table(columns, rows, variant=""):
+  """Returns {(row, column, variant): value} of {row: values}."""
+  pairs = ((row, column, value) for row, values in rows.items() for column, value in zip(columns, values, strict=True))
+  return {(row, column, variant): value for row, column, value in pairs}
+
+
+# Figure 5 and section 3.1.
+OPERATIONS = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
+
+
+def _composition(first, second, variant, base):
+  return {"augment.compose": first if first == second else f"{first},{second}"}
+
+
+AUGMENTATIONS = Study(
+  title="Composition of augmentations",
+  source="v1 figure 5",
+  rows=Axis("first operation", OPERATIONS),
+  columns=Axis("second operation", OPERATIONS),
+  overrides=_composition,
+  chart="heat_map",
+  published=_table(
+    OPERATIONS,
+    {
+      "crop": (33.1, 33.9, 56.3, 46.0, 39.9, 35.0, 30.2),
+      "cutout": (32.2, 25.6, 33.9, 40.0, 26.5, 25.2, 22.4),
+      "color": (55.8, 35.5, 18.8, 21.0, 11.4, 16.5, 20.8),
+      "sobel": (46.2, 40.6, 20.9, 4.0, 9.3, 6.2, 4.2),
+      "noise": (38.8, 25.8, 7.5, 7.6, 9.8, 9.8, 9.6),
+      "blur": (35.1, 25.2, 16.6, 5.8, 9.7, 2.6, 6.7),
+      "rotate": (30.0, 22.5, 20.7, 4.3, 9.7, 6.5, 2.6),
+    },
+  ),
+  published_is="ImageNet, ResNet-50",
+)
+
+# Table 1.
+BLUR = "+blur"
+
+
+def _color_strength(strength, column, variant, base):
+  blur = 0.5 if strength.endswith(BLUR) else 0.0
+  return {"augment.color_strength": float(strength.removesuffix(BLUR)), "augment.blur_probability": blur}
+
+
+COLOR_STRENGTH = Study(
+  title="Strength of the colour distortion",
+  source="v1 table 1",
+  rows=Axis("colour strength", ("0.125", "0.25", "0.5", "1", "1+blur"), float),
+  columns=Axis("value"),
+  overrides=_color_strength,
+  chart="bars",
+  published=_table(("",), {"0.125": (59.6,), "0.25": (61.0,), "0.5": (62.6,), "1": (63.2,), "1+blur": (64.5,)}),
+  published_is="ImageNet, ResNet-50, 100 epochs",
+)
+
+# Figure 9 and table B.1.
+BATCHES, EPOCHS = ("256", "512", "1024", "2048", "4096", "8192"), ("100", "200", "400", "800")
+LINEAR = (
+  (57.5, 61.9, 64.7, 66.6),
+  (60.7, 64.0, 66.2, 67.8),
+  (62.8, 65.3, 67.2, 68.5),
+  (64.0, 66.1, 68.1, 68.9),
+  (64.6, 66.5, 68.2, 68.9),
+  (64.8, 66.6, 67.8, 69.0),
+)
+SQUARE_ROOT = (
+  (62.8, 64.3, 65.7, 66.5),
+  (63.8, 65.6, 66.7, 67.4),
+  (64.3, 66.1, 67.2, 68.3),
+  (64.7, 66.8, 67.9, 68.8),
+  (64.5, 66.8, 68.0, 69.1),
+  (64.8, 67.0, 68.3, 69.1),
+)
+
+
+def _batch_epochs(batch, epochs, scaling, base):
+  # Both rates are the base config's at its own batch; the paper's 0.3 and 0.075 meet at 4096.
+  ratio = base["batch_size"] ** 0.5 / 256
+  rate = base["optimizer.base_learning_rate"]
+  if scaling != base["optimizer.scaling"]:
+    rate *= ratio if scaling == "sqrt" else 1 / ratio
+  return {
+    "batch_size": int(batch),
+    "total_epochs": float(epochs),
+    "total_steps": 0,
+    "optimizer.scaling": scaling,
+    "optimizer.base_learning_rate": rate,
+  }
+
+
+BATCH_EPOCHS = Study(
+  title="Batch size, epochs and the scaling of the learning rate",
+  source="v1 figure 9 and table B.1",
+  rows=Axis("batch size", ("1/4", "1/2", "1", "2"), int, factor_of="batch_size"),
+  columns=Axis("epochs", ("1/2", "1", "2"), float, factor_of="total_epochs"),
+  overrides=_batch_epochs,
+  chart="lines_over_rows",
+  published=_table(EPOCHS, dict(zip(BATCHES, LINEAR, strict=True)), "linear")
+  | _table(EPOCHS, dict(zip(BATCHES, SQUARE_ROOT, strict=True)), "sqrt"),
+  published_is="ImageNet, ResNet-50",
+  variants=("linear", "sqrt"),
+)
+
+# Table 5.
+NORMALIZED = {"normalized": True, "plain": False}
+
+
+def _temperature(temperature, normalized, variant, base):
+  return {"loss.temperature": float(temperature), "loss.normalize": NORMALIZED[normalized]}
+
+
+TEMPERATURE = Study(
+  title="Temperature and normalisation of the embeddings",
+  source="v1 table 5",
+  rows=Axis("temperature", ("0.05", "0.1", "0.5", "1", "10", "100"), float),
+  columns=Axis("embeddings", tuple(NORMALIZED)),
+  overrides=_temperature,
+  chart="lines_over_rows",
+  published={
+    ("0.05", "normalized", ""): 59.7,
+    ("0.1", "normalized", ""): 64.4,
+    ("0.5", "normalized", ""): 60.7,
+    ("1", "normalized", ""): 58.0,
+    ("10", "plain", ""): 57.2,
+    ("100", "plain", ""): 57.0,
+  },
+  published_is="ImageNet, ResNet-50, 100 epochs",
+)
+
+# Figure 8.
+HEADS = ("none", "linear", "nonlinear")
+
+
+def _head(kind, dimension, variant, base):
+  if kind == "none":
+    return {"head.layers": 0}
+  layers = 1 if kind == "linear" else max(2, base["head.layers"])
+  return {"head.layers": layers, "head.out_dim": int(dimension)}
+
+
+HEAD = Study(
+  title="Projection head",
+  source="v1 figure 8",
+  rows=Axis("projection head", HEADS),
+  columns=Axis("output dimension", ("32", "64", "128", "256"), int),
+  overrides=_head,
+  chart="lines_over_columns",
+  published={},
+  published_is="",
+  folder=lambda kind, dimension, variant: kind if kind == "none" else f"{kind}-{dimension}",
+)
+
+# Table 4.
+LOSS = Study(
+  title="Loss",
+  source="v1 table 4; DCL is not in the paper",
+  rows=Axis("loss", ("nt_xent", "nt_logistic", "nt_logistic_semi_hard", "margin", "margin_semi_hard", "dcl")),
+  columns=Axis("value"),
+  overrides=lambda kind, column, variant, base: {"loss.kind": kind},
+  chart="bars",
+  published=_table(
+    ("",),
+    {
+      "nt_xent": (63.9,),
+      "nt_logistic": (51.6,),
+      "nt_logistic_semi_hard": (57.9,),
+      "margin": (50.9,),
+      "margin_semi_hard": (57.5,),
+    },
+  ),
+  published_is="ImageNet, ResNet-50, 100 epochs",
+)
+
+# Figure 7; the numbers are those of table 6, of 1000 epochs.
+ENCODER = Study(
+  title="Depth and width of the encoder",
+  source="v1 figure 7; published numbers from table 6",
+  rows=Axis("depth", ("18", "34", "50", "101", "152"), int),
+  columns=Axis("width", ("1", "2", "4"), float),
+  overrides=lambda depth, width, variant, base: {"model.depth": int(depth), "model.width": float(width)},
+  chart="lines_over_columns",
+  published=_table(("1", "2", "4"), {"50": (69.3, 74.2, 76.5)}),
+  published_is="ImageNet, 1000 epochs",
+)
+
+STUDIES = {
+  "augmentations": AUGMENTATIONS,
+  "color_strength": COLOR_STRENGTH,
+  "batch_epochs": BATCH_EPOCHS,
+  "temperature": TEMPERATURE,
+  "head": HEAD,
+  "loss": LOSS,
+  "encoder": ENCODER,
+}

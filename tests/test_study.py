@@ -1,0 +1,231 @@
+"""Studies: the grids as data, and one run by its command, stopped, continued, with a cell that fails, and drawn."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+from PIL import Image
+
+from simclr_jax import __main__ as command
+from simclr_jax import checkpoint, errors, losses, studies, telemetry
+from simclr_jax.data import composition
+from simclr_jax.jobs import knn, linear_eval, pretrain, study, study_grid
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEMO = str(ROOT / "configs" / "study_demo.py")
+TINY = {
+  "data.examples": 40,
+  "data.image_size": 16,
+  "model.width": 0.0625,
+  "head.out_dim": 8,
+  "batch_size": 16,
+  "eval_batch_size": 40,
+  "total_steps": 2,
+  "log_every_steps": 1,
+  "probes.epochs": 1,
+  "probes.batch_size": 16,
+  "probes.lbfgs_steps": 5,
+  "probes.lbfgs_tolerance": 10.0,
+  "knn.neighbours": 5,
+}
+
+
+@pytest.fixture(autouse=True)
+def compiles_fast():
+  """What is run here is tiny, and compiling it takes longer."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(workdir, name, *more):
+  overrides = [f"--config.{key}={value}" for key, value in TINY.items()]
+  return command.main(["study", f"--study={name}", f"--config={DEMO}", f"--workdir={workdir}", *overrides, *more])
+
+
+def cells(workdir, file="study.json"):
+  tree = json.loads((workdir / file).read_text())
+  return {(cell["row"], cell["column"]): cell for cell in tree["cells"]}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """The runs that a study starts, in order: the folders' last two names."""
+  made = []
+  for job in (pretrain, linear_eval, knn):
+    inner = job.run
+
+    def counted(config, workdir, inner=inner, **options):
+      made.append("/".join(pathlib.Path(workdir).parts[-2:]))
+      return inner(config, workdir, **options)
+
+    monkeypatch.setattr(job, "run", counted)
+  return made
+
+
+def test_a_grid_is_run_continued_and_drawn(tmp_path, calls, capsys):
+  few = ("--rows=crop,color", "--columns=crop,blur")
+  assert run(tmp_path, "augmentations", *few) == 0
+  names = ["crop-crop", "crop-blur", "color-crop", "color-blur"]
+  assert calls == [f"{name}/{part}" for name in names for part in ("pretrain", "linear")]
+  said = capsys.readouterr().err
+  assert "[3/4] color + crop: " in said
+  assert "Checkpoints, metrics and figures" not in said
+  found = cells(tmp_path)
+  assert len(found) == 49
+  done = {labels: cell for labels, cell in found.items() if cell["state"] == "finished"}
+  assert set(done) == {("crop", "crop"), ("crop", "blur"), ("color", "crop"), ("color", "blur")}
+  for name, cell in zip(names, done.values(), strict=True):
+    of_run = json.loads((tmp_path / "cells" / name / "linear" / "result.json").read_text())
+    assert cell["accuracy"] == of_run["eval/top1"]
+    assert cell["train_loss"] == telemetry.read_rows(str(tmp_path / "cells" / name / "pretrain"))[-1]["train/loss"]
+    assert cell["seconds"] > 0
+  kept = checkpoint.read_config(str(tmp_path / "cells" / "crop-blur" / "pretrain"))
+  assert kept["augment"]["compose"] == "crop,blur"
+  assert checkpoint.read_config(str(tmp_path / "cells" / "crop-crop" / "pretrain"))["augment"]["compose"] == "crop"
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert (result["finished"], result["failed"], result["not_run"]) == (4, 0, 45)
+  with Image.open(tmp_path / "figures" / "augmentations.png") as image:
+    assert image.size[0] > 800
+
+  # Nothing is run again; what a kill left half done is, and an evaluation that is missing alone is not pretrained for.
+  calls.clear()
+  assert run(tmp_path, "augmentations", *few) == 0
+  assert calls == []
+  (tmp_path / "cells" / "crop-blur" / "linear" / "result.json").unlink()
+  (tmp_path / "cells" / "color-blur" / "pretrain" / "result.json").unlink()
+  (tmp_path / "cells" / "color-blur" / "linear" / "result.json").unlink()
+  (tmp_path / "study.json").unlink()
+  before = (tmp_path / "cells" / "color-blur" / "pretrain" / "metrics.jsonl").read_text()
+  assert run(tmp_path, "augmentations", *few) == 0
+  assert calls == ["crop-blur/linear", "color-blur/pretrain", "color-blur/linear"]
+  assert (tmp_path / "cells" / "color-blur" / "pretrain" / "metrics.jsonl").read_text() == before
+  again = cells(tmp_path)
+  assert {labels: cell["accuracy"] for labels, cell in again.items()} == {
+    labels: cell["accuracy"] for labels, cell in found.items()
+  }
+
+  # By another evaluation, of the same runs; and another study has no place here.
+  calls.clear()
+  assert run(tmp_path, "augmentations", "--rows=crop", "--columns=blur", "--evaluation=knn") == 0
+  assert calls == ["crop-blur/knn"]
+  of_run = json.loads((tmp_path / "cells" / "crop-blur" / "knn" / "result.json").read_text())
+  assert cells(tmp_path, "study_knn.json")["crop", "blur"]["accuracy"] == of_run["eval/knn_top1"]
+  capsys.readouterr()
+  assert run(tmp_path, "loss") == 2
+  assert "holds another run: study was 'augmentations', now is 'loss'" in capsys.readouterr().err
+  assert run(tmp_path, "augmentations", "--config.loss.temperature=0.3") == 2
+  assert "loss.temperature" in capsys.readouterr().err
+
+
+def test_the_rest_goes_on_where_a_cell_fails(tmp_path, monkeypatch, capsys):
+  inner = pretrain.run
+
+  def broken(config, workdir, **options):
+    if "32" in pathlib.Path(workdir).parent.name:
+      raise ZeroDivisionError("of ours")
+    return inner(config, workdir, **options)
+
+  monkeypatch.setattr(pretrain, "run", broken)
+  monkeypatch.setattr(studies, "STUDIES", studies.STUDIES | {"small": small_batches()})
+  assert run(tmp_path / "some", "small", "--rows=16,32,48") == 1
+  said = capsys.readouterr().err
+  assert "[1/3] 16: " in said
+  assert "[2/3] 32: failed: ZeroDivisionError: of ours" in said
+  assert "[3/3] 48: failed: 40 training images cannot fill a batch" in said
+  found = cells(tmp_path / "some")
+  assert [found[row, ""]["state"] for row in ("16", "32", "48")] == ["finished", "failed", "failed"]
+  # Mended, the same command runs what failed.
+  monkeypatch.setattr(pretrain, "run", inner)
+  assert run(tmp_path / "some", "small", "--rows=16,32") == 0
+  found = cells(tmp_path / "some")
+  assert [found[row, ""]["state"] for row in ("16", "32", "48")] == ["finished", "finished", "failed"]
+  assert "error" not in found["32", ""]
+
+
+def small_batches():
+  return studies.Study(
+    title="Batches",
+    source="a test",
+    rows=studies.Axis("batch", ("16",), int),
+    columns=studies.Axis("value"),
+    overrides=lambda batch, column, variant, base: {"batch_size": int(batch)},
+    chart="bars",
+    published={},
+    published_is="",
+  )
+
+
+def test_cells_that_do_not_differ_are_one_run(tmp_path):
+  grid = study_grid.Grid(
+    "head", command.load_config(DEMO, {}), str(tmp_path), "linear", ("none", "linear"), ("8", "16")
+  )
+  named = [pathlib.Path(grid.folders(labels)[0]).parent.name for labels in grid.due(("none", "linear"), ("8", "16"))]
+  assert named == ["none", "linear-8", "linear-16"]
+
+
+# The definitions.
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_cell_of_a_study_sets_keys_that_there_are_and_differs_from_the_others(name):
+  definition = studies.STUDIES[name]
+  config = command.load_config(DEMO, {})
+  base = checkpoint.flat(config.to_dict())
+  by_folder = {}
+  for row in definition.rows.default(base):
+    for column in definition.columns.default(base):
+      for variant in definition.variants:
+        overrides = definition.overrides(row, column, variant, base)
+        assert {key: type(value) for key, value in overrides.items()} == {key: type(base[key]) for key in overrides}
+        assert by_folder.setdefault(definition.folder(row, column, variant), overrides) == overrides
+  distinct = {json.dumps(overrides, sort_keys=True) for overrides in by_folder.values()}
+  assert len(distinct) == len(by_folder)
+  assert definition.chart in ("heat_map", "bars", "lines_over_rows", "lines_over_columns")
+
+
+def test_the_studies_name_what_there_is():
+  assert studies.OPERATIONS == composition.OPERATIONS
+  assert set(studies.LOSS.rows.labels) == set(losses.KINDS) - {"sup_con"}
+  averages = {}
+  for (row, _, _), value in studies.AUGMENTATIONS.published.items():
+    averages.setdefault(row, []).append(value)
+  # The paper prints them.
+  printed = [39.2, 29.4, 25.7, 18.8, 15.5, 14.5, 13.8]
+  assert [sum(row) / 7 for row in averages.values()] == pytest.approx(printed, abs=0.06)
+
+
+def test_the_rates_of_a_batch_study_meet_at_the_base_s_batch():
+  base = {"batch_size": 4096, "optimizer.base_learning_rate": 0.3, "optimizer.scaling": "linear", "total_epochs": 100.0}
+  of = lambda scaling: studies.BATCH_EPOCHS.overrides("512", "200", scaling, base)
+  assert of("linear")["optimizer.base_learning_rate"] == 0.3
+  assert of("sqrt")["optimizer.base_learning_rate"] == pytest.approx(0.075)
+  swapped = base | {"optimizer.base_learning_rate": 0.075, "optimizer.scaling": "sqrt"}
+  there = studies.BATCH_EPOCHS.overrides("512", "200", "linear", swapped)
+  assert there["optimizer.base_learning_rate"] == pytest.approx(0.3)
+  assert (there["batch_size"], there["total_epochs"]) == (512, 200.0)
+  assert studies.BATCH_EPOCHS.rows.default(base) == ("1024", "2048", "4096", "8192")
+  assert studies.BATCH_EPOCHS.columns.default(base) == ("50", "100", "200")
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({}, r"study has no --study; give --study=NAME, one of augmentations, "),
+    ({"study": "augmentation"}, r'--study=augmentation is unknown; did you mean "augmentations"\?'),
+    ({"study": "loss", "evaluation": "kn"}, r'--evaluation=kn is unknown; did you mean "knn"\?; use linear'),
+    ({"study": "loss", "rows": "nt_xent,mse"}, r"--rows=nt_xent,mse: 'mse' is no loss"),
+    ({"study": "temperature", "rows": "0.1,-1"}, r"--rows=0.1,-1: '-1' is no temperature; give positive numbers"),
+    ({"study": "encoder", "rows": "1.5"}, r"'1.5' is no depth; give positive whole numbers"),
+  ],
+)
+def test_a_study_that_is_not_there_is_a_user_error(tmp_path, options, message):
+  with pytest.raises(errors.UserError, match=message):
+    study.run(command.load_config(DEMO, {}), str(tmp_path), **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_an_axis_are_read_as_one_writes_them():
+  assert studies.TEMPERATURE.rows.chosen("0.10,0.2,1e2,0.1", "rows") == ("0.1", "0.2", "100")
+  assert studies.COLOR_STRENGTH.rows.chosen("1+blur,0.3", "rows") == ("1+blur", "0.3")
