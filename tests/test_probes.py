@@ -11,7 +11,7 @@ from sklearn import linear_model
 
 from simclr_jax import __main__ as command
 from simclr_jax import errors, evaluation, probes, sharding
-from simclr_jax.jobs import feature_eval, feed, setup
+from simclr_jax.jobs import feature_eval, feed, representation, setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {"one device": lambda: None, "eight devices": sharding.data_mesh}
@@ -172,7 +172,7 @@ def evaluate(monkeypatch, tmp_path):
     table = {"train": train, "test": test}
     source = lambda config, split: types.SimpleNamespace(name=split, num_examples=len(table[split][0]), num_classes=4)
     passes = []
-    monkeypatch.setattr(feature_eval, "_encoder", lambda config, classes, mesh: (None, None))
+    monkeypatch.setattr(representation, "load", lambda config, mesh, *, job: (None, None))
     # One device: eight virtual ones take ten times as long to agree on each of the many small sums.
     monkeypatch.setattr(setup, "mesh_for", lambda *_: sharding.data_mesh(jax.devices()[:1]))
     monkeypatch.setattr(setup, "source_of", source)

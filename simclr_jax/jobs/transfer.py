@@ -144,10 +144,10 @@ def _opened(tasks, config):
 
 def _evaluate(task, splits, encode, variables, config, strengths, mesh):
   """Returns what a data set's result says."""
-  train = splits["train"]
-  if not train.num_classes:
-    raise errors.UserError(f"{JOB} needs labels; {train.name} has none.")
-  metric = task.metric or ("map_11" if train.multi_label else "top1")
+  train_source = splits["train"]
+  if not train_source.num_classes:
+    raise errors.UserError(f"{JOB} needs labels; {train_source.name} has none.")
+  metric = task.metric or ("map_11" if train_source.multi_label else "top1")
   score = METRICS[metric][0]
   begin = time.monotonic()
   read = {part: _features(encode, variables, source, config, mesh) for part, source in splits.items()}
@@ -158,28 +158,49 @@ def _evaluate(task, splits, encode, variables, config, strengths, mesh):
     read["train"], read["validation"] = ((x[part], y[part]) for part in rows)
   begin = time.monotonic()
 
-  def fit(x, y, l2):
-    # `probes` has the mean over examples where the protocol has their sum.
-    return _regressions(task.key, x, y, [value / len(x) for value in l2], train.num_classes, config.transfer, mesh)
+  def scored(train, held_out, l2):
+    """Returns the scores of the regressions of penalties l2 (on sums over images) on held-out images."""
+    (x, y), (other_x, other_y) = train, held_out
+    x, other_x, scale = _conditioned(x, other_x)
+    strengths = [value / (len(x) * scale**2) for value in l2]
+    trained = _regressions(task.key, x, y, strengths, train_source.num_classes, config.transfer, mesh)
+    return [score(logits, other_y) for logits in probes.logits(trained, other_x, mesh=mesh)]
 
-  x, y = read["validation"]
-  by_strength = [score(logits, y) for logits in probes.logits(fit(*read["train"], strengths), x, mesh=mesh)]
+  by_strength = scored(read["train"], read["validation"], strengths)
   # Of equals the strongest penalty.
   best = len(strengths) - 1 - int(np.argmax(by_strength[::-1]))
-  both = (np.concatenate(arrays) for arrays in zip(read["train"], read["validation"], strict=True))
-  (logits,) = probes.logits(fit(*both, strengths[[best]]), read["test"][0], mesh=mesh)
+  both = tuple(np.concatenate(arrays) for arrays in zip(read["train"], read["validation"], strict=True))
+  (value,) = scored(both, read["test"], strengths[[best]])
   seconds["regressions"] = time.monotonic() - begin
   return {
     "metric": metric,
-    "value": score(logits, read["test"][1]),
+    "value": value,
     "l2": float(strengths[best]),
     "validation": [{"l2": float(l2), "value": value} for l2, value in zip(strengths, by_strength, strict=True)],
     "examples": {part: len(x) for part, (x, _) in read.items()},
-    "classes": train.num_classes,
+    "classes": train_source.num_classes,
     "splits": {part: source.name for part, source in splits.items()},
     "published": list(task.published) if task.published else None,
     "seconds": seconds,
   }
+
+
+def _conditioned(x, *others):
+  """Returns features with the mean of x taken off, all divided by one number, and that number.
+
+  The same regressions in other coordinates, which L-BFGS finds in a tenth of the steps: the bias, which is free, takes
+  up the mean, and a penalty divided by the number's square the number.
+
+  Args:
+    x: f[N, D].
+    others: f[M, D] each.
+  """
+  columns = np.array_split(x, -(-x.shape[1] // 64), axis=1)  # Sums in float64 without a copy of x in float64.
+  mean, variance = (
+    np.concatenate([of(part, axis=0, dtype=np.float64) for part in columns]) for of in (np.mean, np.var)
+  )
+  scale = float(np.sqrt(np.mean(variance))) or 1.0
+  return *((part - mean.astype(x.dtype)) / x.dtype.type(scale) for part in (x, *others)), scale
 
 
 def _features(encode, variables, source, config, mesh):
