@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 
 from simclr_jax import __main__ as command
@@ -52,15 +51,13 @@ def run(workdir: str, *, source: str = "", ema: str = "", classifier_layer: str 
     "convert",
     free=("convert.source",),
   )
-  # There is nothing to compute: one device of each process.
-  devices = {device.process_index: device for device in jax.devices()}
-  mesh = sharding.data_mesh(list(devices.values()))
-  tree = jax.device_put(tree, sharding.replicated(mesh))
-  state = state_lib.create(tree["params"], tree["batch_stats"], optax.identity())
+  # There is nothing to compute: one device of each process holds it.
+  mesh = sharding.data_mesh(list({device.process_index: device for device in jax.devices()}.values()))
+  state = state_lib.TrainState(np.zeros((), np.int32), tree["params"], tree["batch_stats"], opt_state=())
   checkpoints = checkpoint.Checkpoints(
     workdir, config.to_dict(), every_steps=0, keep=config.keep_checkpoints, classifier_layer=layer
   )
-  checkpoints.save(state, 0)
+  checkpoints.save(jax.device_put(state, sharding.replicated(mesh)), 0)
   checkpoints.close()
   telemetry.log.info("%s", _report(contents, config, tree["params"], found, layer, workdir))
 
