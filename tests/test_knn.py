@@ -12,7 +12,7 @@ from simclr_jax import errors, neighbours, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {"one device": lambda: None, "eight devices": sharding.data_mesh}
-KS, TEMPERATURES = [5, 200, 1], [0.07, 1.0]
+KS, TEMPERATURES = [5, 413, 1], [0.07, 1.0]
 
 
 def twin(train_x, train_y, test_x, test_y, *, ks, temperatures, classes):
