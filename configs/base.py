@@ -112,7 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=512,
     total_epochs=100.0,
   )
-  c.linear_eval.protocol = "reference"  # reference (v1 appendix B.6) | features (one pass, then many classifiers).
+  # reference (v1 appendix B.6) | features (one pass, then many classifiers) | stored (count the checkpoint's own one).
+  c.linear_eval.protocol = "reference"
   c.probes = ml_collections.ConfigDict()  # What linear_eval does with protocol = "features".
   c.probes.passes = 1  # Over the training images: one as they are counted, the others cropped and flipped.
   c.probes.learning_rates = "0.01,0.03,0.1,0.3,1.0,3.0"  # Each for 256 images, linearly scaled; one grid with

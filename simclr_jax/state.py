@@ -5,6 +5,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -70,7 +71,7 @@ def create(params, batch_stats, tx: optax.GradientTransformation, trainable=lamb
   is_split = any(not leaf.sharding.is_fully_replicated for leaf in leaves)
   placement = sharding.split_arrays(opt_state, mesh) if is_split else replicated
   return TrainState(
-    step=jax.device_put(jnp.zeros((), jnp.int32), replicated),
+    step=jax.device_put(np.zeros((), np.int32), replicated),
     params=params,
     batch_stats=batch_stats,
     opt_state=jax.jit(tx.init, out_shardings=placement)(trainable(params)),

@@ -271,6 +271,16 @@ def test_a_student_that_was_stopped_goes_on_bit_for_bit(tuned, tmp_path):
 
 
 @shares_a_run
+def test_a_stored_classifier_counts_as_it_did_when_it_was_trained(tuned, tmp_path):
+  argv = [f"--config.checkpoint={tuned}", "--config.linear_eval.protocol=stored", f"--workdir={tmp_path}"]
+  assert command.main(["linear_eval", *argv]) == 0
+  ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path, tuned))
+  for name in ("eval/top1", "eval/top5", "eval/examples", "layer"):
+    assert ours[name] == theirs[name]
+  assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-6)
+
+
+@shares_a_run
 def test_without_a_config_the_student_is_the_teacher_s_like(tuned, tmp_path):
   argv = [f"--config.distill.teacher={tuned}", "--config.checkpoint=", f"--workdir={tmp_path}"]
   assert command.main(["distill", *argv, "--config.distill.images=labelled"]) == 0

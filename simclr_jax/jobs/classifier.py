@@ -1,7 +1,6 @@
 """Training of a linear classifier on an encoder, of which any part may learn along: what three jobs share."""
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -214,7 +213,7 @@ def _held_out_accuracy(model, rows, mesh):
 def _finish(workdir, job, result):
   if jax.process_index() == 0:
     folder = epath.Path(workdir)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    telemetry.write_json(str(folder / "result.json"), result)
     panels = {
       "Loss": {"train/loss": "training", "eval/loss": "cross-entropy, held out"},
       "Top-1 accuracy": {"train/accuracy": "training batches", "eval/top1": "held out"},

@@ -111,9 +111,15 @@ def labelled_splits(config, job: str):
 
 def splits(config, job: str):
   """Returns the whole training split, and the held-out one."""
+  held_out = held_out_split(config, job)
+  return source_of(config, config.data.train_split), held_out
+
+
+def held_out_split(config, job: str):
+  """Returns the split that `job` counts on."""
   if not config.data.eval_split:
     raise errors.UserError(f"{job} counts on held-out images; set --config.data.eval_split, for example to test.")
-  return tuple(source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
+  return source_of(config, config.data.eval_split)
 
 
 def labelled_rows(config, source) -> np.ndarray:
