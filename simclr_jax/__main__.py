@@ -97,6 +97,10 @@ def main(argv: list[str]) -> int:
     return 2
   except KeyboardInterrupt:
     return 130
+  except BrokenPipeError:
+    # Who reads has had enough, as `--help | head`; Python would complain once more when it flushes.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except Exception:
     traceback.print_exc()
     print("simclr_jax: this is a bug of ours; please report the lines above with your command.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How embeddings lie in their space: alignment, uniformity, effective rank; a collapse shows here before anywhere else."""
+"""How embeddings lie in their space: alignment, uniformity, effective rank; a collapse shows here first of all."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def alignment(z) -> float:
 
 
 def uniformity(z) -> float:
-  """Returns the logarithm of the mean of exp(-2 d^2), d the distance on the unit sphere, over views of different images.
+  """Returns the logarithm of the mean of exp(-2 d^2), d the distance on the unit sphere of views of different images.
 
   Wang and Isola 2020, equation 2 with t = 2: 0 where all embeddings are one point, about -4 where they spread evenly
   over many dimensions.
