@@ -200,14 +200,6 @@ def test_streamed_steps_are_one_program_and_the_state_is_donated():
   assert steps.step_fn._cache_size() == 1
 
 
-def test_the_first_rows_are_shown_as_the_network_sees_them():
-  images = feed.pairs(config_of(), source_of(), sharding.data_mesh())
-  shown = images.first(3)
-  whole = jax.jit(images.prepare)(next(images.batches(0)))
-  np.testing.assert_array_equal(shown["index"], whole["index"][:3])
-  np.testing.assert_allclose(shown["views"], whole["views"][:3], rtol=0, atol=1e-6)
-
-
 def pairs(config):
   return feed.pairs(config, source_of(), sharding.data_mesh())
 

@@ -92,7 +92,8 @@ def parts(devices, *more, dtype=np.float32):
   model = small_step.network(dtype)
   train = setup.source_of(config, config.data.train_split)
   images = feed.pairs(config, train, mesh)
-  return model, small_step.start(model, mesh), monitor.evaluate_of(config, model, mesh, train, images), images
+  evaluate = monitor.evaluate_of(config, model, mesh, train, monitor.views_of(config, images))
+  return model, small_step.start(model, mesh), evaluate, images
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,10 @@ def test_a_part_of_a_batch_is_taken_in_even_steps():
   whole = jax.jit(images.batch_of)(images.dataset, np.int32(0))["index"]
   (rows,) = monitor._pairs(images, 8, 16)()
   np.testing.assert_array_equal(rows["index"], whole[::2])
+  # The figure's, of a whole batch, the first ones.
+  prepared = jax.jit(images.prepare)(jax.jit(images.batch_of)(images.dataset, np.int32(0)))["views"]
+  shown = monitor.shown(monitor.views_of(config, images))
+  np.testing.assert_allclose(shown, prepared[:12], rtol=0, atol=1e-6)
   with pytest.raises(errors.UserError, match="config.monitor.pairs 12 does not split over 8 devices"):
     monitor._pairs(images, 12, 16)
 
@@ -181,7 +186,8 @@ def test_without_labels_or_held_out_images_the_geometry_is_left():
   model = small_step.network(np.float32)
   train = setup.source_of(config, "train")
   state, _, _ = small_step.start(model, mesh)
-  evaluate = monitor.evaluate_of(config, model, mesh, train, feed.pairs(config, train, mesh))
+  views = monitor.views_of(config, feed.pairs(config, train, mesh))
+  evaluate = monitor.evaluate_of(config, model, mesh, train, views)
   assert set(evaluate(state)) == {f"eval/{name}" for name in ("alignment", "uniformity", "rank_h", "rank_z")}
   nothing = config_of("--config.data.eval_split=", "--config.monitor.pairs=0")
   assert monitor.evaluate_of(nothing, model, mesh, train, None) is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,15 +53,6 @@ class Feed:
     )
     return loop.Resident(jitted, self.dataset, self.mesh, self.most, constants)
 
-  def first(self, count: int) -> Batch:
-    """Returns the first rows of the first batch as the network sees them, on this process's first device."""
-    if self.dataset is None:
-      rows = next(iter(self.batches(0)))
-    else:
-      rows = jax.jit(self.batch_of)(self.dataset, jax.numpy.zeros((), jax.numpy.int32))
-      rows = jax.tree.map(lambda x: x.addressable_shards[0].data, rows)
-    return jax.jit(self.prepare)({name: row[:count] for name, row in rows.items()})
-
 
 def pairs(config, source, mesh: jax.sharding.Mesh) -> Feed:
   """Returns two augmented views of each image, by the reference's law and the config's knobs."""
@@ -69,7 +61,9 @@ def pairs(config, source, mesh: jax.sharding.Mesh) -> Feed:
   if images.dataset is None or not config.augment.compose:
     return images
   operations = jax.device_put(composition.codes(config.augment.compose), sharding.replicated(mesh))
-  return dataclasses.replace(images, dataset={**images.dataset, "operations": operations}, batch_of=_composed(images))
+  return dataclasses.replace(
+    images, dataset={**images.dataset, "operations": operations}, batch_of=_composed(images.batch_of)
+  )
 
 
 def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
@@ -98,11 +92,19 @@ def law_of_pairs(config) -> tuple[Callable | None, Callable[[Batch], Batch]]:
   return lambda x, seed: {"views": _host().two_crops(x, seed, **crop)}, lambda batch: {**batch, "views": views(batch)}
 
 
-def _composed(images: Feed):
-  """Returns the `batch_of` of a feed, with the operations of the dataset in each row."""
+def step_depends_on(config) -> str:
+  """Returns what a training step's program is a function of, on the same devices: the config, but for its own data."""
+  known = config.to_dict()
+  if config.data.resident and config.augment.compose:
+    known["augment"]["compose"] = len(composition.codes(config.augment.compose))
+  return json.dumps(known, sort_keys=True)
+
+
+def _composed(plain):
+  """Returns a feed's `batch_of` with the operations of the dataset in each row."""
 
   def batch_of(dataset, step):
-    rows = images.batch_of(dataset, step)
+    rows = plain(dataset, step)
     operations = jax.numpy.broadcast_to(dataset["operations"][None], (len(rows["index"]), len(dataset["operations"])))
     return {**rows, "operations": operations}
 

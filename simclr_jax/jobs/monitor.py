@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import errors, evaluation, geometry, neighbours, sharding, telemetry
+from simclr_jax import errors, evaluation, figures, geometry, neighbours, sharding, telemetry
 from simclr_jax.data import subset
 from simclr_jax.jobs import feed, setup
 
 KNN_TEMPERATURE = 0.1
 
 
-def evaluate_of(
-  config, model, mesh: jax.sharding.Mesh, train, images: feed.Feed
-) -> Callable[..., dict[str, float]] | None:
+Views = Callable[[], Iterator[jax.Array]]
+
+
+def evaluate_of(config, model, mesh: jax.sharding.Mesh, train, views: Views) -> Callable[..., dict[str, float]] | None:
   """Returns state -> metrics, called by all processes alike, or None where there is nothing to measure.
 
   `eval/online_*` (accuracies, loss, examples) and `eval/knn_top1` of the held-out split; `eval/alignment`,
@@ -33,7 +34,7 @@ def evaluate_of(
     model: a `simclr.SimCLR`.
     mesh: the devices.
     train: the source of the training images.
-    images: they on their way into the step.
+    views: from `views_of`.
   """
   knobs = config.monitor
   for key, least in (("knn_images", 0), ("knn_neighbours", 1), ("pairs", 0)):
@@ -47,7 +48,7 @@ def evaluate_of(
     else:
       telemetry.log.info("%s has no labels: no online accuracy and no online kNN.", held_out.name)
   if knobs.pairs:
-    parts.append(_geometry(config, model, mesh, images))
+    parts.append(_geometry(config, model, mesh, views))
   if not parts:
     return None
 
@@ -100,22 +101,20 @@ def _accuracies(config, model, mesh, train, held_out):
   return accuracies
 
 
-def _geometry(config, model, mesh, images):
-  """Returns variables -> alignment, uniformity and ranks of the first positive pairs of the run."""
+def _geometry(config, model, mesh, views):
+  """Returns variables -> alignment, uniformity and ranks of the positive pairs of `views`."""
   whole, count = setup.whole_of(config, mesh), config.monitor.pairs
-  batches = _pairs(images, count, config.batch_size)
 
-  def embed(variables, rows):
+  def embed(variables, pairs):
     variables = {**variables, "params": whole(variables["params"])}
-    views = images.prepare(rows)["views"]
-    h, z, _ = model.apply(variables, views.reshape(-1, *views.shape[2:]), train=False)
+    h, z, _ = model.apply(variables, pairs.reshape(-1, *pairs.shape[2:]), train=False)
     # In at least float32, whole on every device: each process computes the same from the same rows.
-    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(len(views), 2, -1) for x in (h, z))
+    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(len(pairs), 2, -1) for x in (h, z))
 
   embed = jax.jit(embed, out_shardings=sharding.replicated(mesh))
 
   def measure(variables):
-    parts = [jax.device_get(embed(variables, rows)) for rows in batches()]
+    parts = [jax.device_get(embed(variables, pairs)) for pairs in views()]
     h, z = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
     return {
       "alignment": geometry.alignment(z),
@@ -125,6 +124,23 @@ def _geometry(config, model, mesh, images):
     }
 
   return measure
+
+
+def views_of(config, images: feed.Feed) -> Views:
+  """Returns a function whose call goes through f[N, 2, H, W, 3]: `config.monitor.pairs` as the network sees them.
+
+  Of the batches of step 0 on, split over the devices; at least a few, for the figure.
+  """
+  least = -(-figures.PAIRS // images.mesh.size) * images.mesh.size
+  batches = _pairs(images, config.monitor.pairs or min(least, config.batch_size), config.batch_size)
+  prepare = jax.jit(lambda rows: images.prepare(rows)["views"], out_shardings=sharding.batched(images.mesh))
+  return lambda: map(prepare, batches())
+
+
+def shown(views: Views) -> np.ndarray:
+  """Returns the first pairs that this process has, f32[n, 2, H, W, 3], for the figure; called by all processes."""
+  shards = sorted(next(views()).addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([np.asarray(shard.data, np.float32) for shard in shards])[: figures.PAIRS]
 
 
 def _pairs(images: feed.Feed, count: int, batch_size: int) -> Callable[[], Iterator[feed.Batch]]:

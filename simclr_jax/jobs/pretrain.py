@@ -9,6 +9,7 @@ where the last checkpoint stands.
 alone and says how many host threads it takes to feed a chip (--chip=v5e, --mfu=0.4 the share of its peak expected).
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 
@@ -192,6 +192,7 @@ def run(
   chip: str = "",
   mfu: str = "0.4",
   draw: bool = True,
+  programs: dict | None = None,
 ) -> dict[str, float] | None:
   """Pretrains, and returns (and writes to `result.json`) what `monitor` measures at the end; draws the figures.
 
@@ -200,6 +201,8 @@ def run(
     workdir: its folder.
     profile_steps, profile_input, chip, mfu: options of the command line.
     draw: leave the figures out where False, as a study does, which has one for all its runs.
+    programs: steps of earlier runs of this process, by what they depend on; this run takes its own from there if it
+      can, rather than to trace it again, and leaves it there alone.
   """
   mesh = mesh_of(config)
   train = setup.source_of(config, config.data.train_split)
@@ -212,7 +215,8 @@ def run(
     flops = passes(config) * forward
     return input_profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
   sizes = {"examples": train.num_examples, "batch_size": config.batch_size}
-  evaluate = monitor.evaluate_of(config, model, mesh, train, images)
+  views = monitor.views_of(config, images)
+  evaluate = monitor.evaluate_of(config, model, mesh, train, views)
   profiled = setup.profiled_steps(profile_steps)
   checkpoints = setup.checkpoints_of(config, workdir, job="pretrain", **sizes)
 
@@ -227,9 +231,12 @@ def run(
     f"{state_lib.count(state.params['encoder']):,}",
     setup.describe(mesh),
   )
+  steps = images.steps(step_of(config, model, tx, schedule, mesh, images.prepare), state)
+  if programs is not None:
+    steps = _shared(steps, feed.step_depends_on(config), programs)
   _, result = training_loop.train(
     state,
-    images.steps(step_of(config, model, tx, schedule, mesh, images.prepare), state),
+    steps,
     workdir=workdir,
     total_steps=total_steps,
     batch_size=config.batch_size,
@@ -242,7 +249,15 @@ def run(
     evaluate_every_steps=setup.every(config.evaluate_every_epochs, **sizes),
     profile_steps=profiled,
   )
-  return _finish(workdir, images, result, draw)
+  return _finish(workdir, views, result, draw)
+
+
+def _shared(steps, depends_on: str, programs: dict):
+  """Returns the steps with the jitted function of `programs` that is theirs, and makes it the only one there."""
+  step_fn = programs.get(depends_on, steps.step_fn)
+  programs.clear()
+  programs[depends_on] = step_fn
+  return dataclasses.replace(steps, step_fn=step_fn)
 
 
 def forward_flops(config, model, state) -> int:
@@ -332,12 +347,12 @@ def step_of(config, model, tx, schedule, mesh, prepare):
   )
 
 
-def _finish(workdir, images, result, draw):
+def _finish(workdir, views, result, draw):
   folder = epath.Path(workdir)
   if jax.process_index() == 0:
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
   # By all processes: resident data is on the devices of all.
-  views = images.first(figures.PAIRS)["views"] if draw else None
+  pairs = monitor.shown(views) if draw else None
   if jax.process_index() == 0 and draw:
     panels = {
       "Contrastive loss (mean over 2N)": {"train/loss": "training"},
@@ -355,6 +370,6 @@ def _finish(workdir, images, result, draw):
       "Collapse watch: effective rank": {"eval/rank_h": "of h, the encoder's", "eval/rank_z": "of z, the projection's"},
     }
     figures.curves(telemetry.read_rows(workdir), panels, str(folder / "figures" / "curves.png"), title="Pretraining")
-    figures.view_pairs(np.asarray(views, np.float32), str(folder / "figures" / "view_pairs.png"))
+    figures.view_pairs(pairs, str(folder / "figures" / "view_pairs.png"))
     telemetry.log.info("Checkpoints, metrics and figures: %s", workdir)
   return result
