@@ -93,8 +93,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluate_every_epochs = 10.0  # What pretrain measures beside the loss (see monitor); 0: at the end only.
   c.monitor = ml_collections.ConfigDict()
   c.monitor.knn_images = 5000  # Training images whose features vote on eval_split; 0: no online kNN.
-  c.monitor.knn_neighbours = 20
-  c.monitor.pairs = 512  # Of views, for alignment, uniformity and effective rank.
+  c.monitor.knn_neighbours = 20  # All where there are fewer images.
+  c.monitor.pairs = 512  # Of views, for alignment, uniformity and effective rank; 0: none of these.
   c.checkpoint_every_epochs = 1.0
   c.checkpoint_every_steps = 0  # Above 0: in place of checkpoint_every_epochs.
   c.keep_checkpoints = 3  # The latest so many stay.

@@ -23,6 +23,7 @@ FREE_KEYS = (
   "keep_",
   "eval_batch_size",
   "evaluate_every_epochs",
+  "monitor.",
   "data.dir",
   "data.steps_per_dispatch",
   "model.remat",
