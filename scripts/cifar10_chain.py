@@ -18,17 +18,20 @@ from simclr_jax.benchmarks import measure
 ROOT = pathlib.Path(__file__).parents[1]
 
 CONFIG = "--config=configs/cifar10.py:small"
-SCRATCH = [
-  # What suited the supervised baselines best of 0.05, 0.1, 0.2, 0.4 (1 % and 10 %).
-  "--config.finetune.optimizer.base_learning_rate=0.2",
-  "--config.finetune.optimizer.weight_decay=1e-4",
-]
+# Crops and flips, momentum; a network that starts from nothing takes a higher rate and some decay.
+SCRATCH = ["--config.finetune.optimizer.base_learning_rate=0.2", "--config.finetune.optimizer.weight_decay=1e-4"]
+SMALL_BATCH = "--config.finetune.batch_size=64"
+FEW = {
+  "1pct": ["--config.labels.fraction=0.01", SMALL_BATCH, "--config.finetune.total_epochs=60"],
+  "10pct": ["--config.labels.fraction=0.1", SMALL_BATCH, "--config.finetune.total_epochs=20"],
+}
+# An epoch of 500 images has eight steps.
+SELDOM = "--config.checkpoint_every_epochs=10"
 
 
 def steps(runs: str):
   """Returns (name, job, arguments) of every step in order."""
   start = f"--config.checkpoint={runs}/pretrain"
-  few = {"1pct": "--config.labels.fraction=0.01", "10pct": "--config.labels.fraction=0.1"}
   student = ["--config.model.width=0.125"]
   features = "--config.linear_eval.protocol=features"
   yield "pretrain", "pretrain", [CONFIG, "--config.total_epochs=24"]
@@ -36,12 +39,15 @@ def steps(runs: str):
   yield "linear_features", "linear_eval", [start, features]
   yield "linear_features_random", "linear_eval", [CONFIG, "--config.checkpoint=random", features]
   yield "knn", "knn", [start]
-  for name, labels in few.items():
-    yield f"finetune_{name}", "finetune", [start, labels]
-    yield f"supervised_{name}", "finetune", [CONFIG, labels, *SCRATCH]
+  for name, labels in FEW.items():
+    yield f"finetune_{name}", "finetune", [start, *labels, SELDOM]
+    yield f"supervised_{name}", "finetune", [CONFIG, *labels, *SCRATCH, SELDOM]
+  longer = "--config.finetune.total_epochs=180"
+  yield "supervised_1pct_long", "finetune", [CONFIG, *FEW["1pct"], *SCRATCH, longer, SELDOM]
+  yield "student_supervised_10pct", "finetune", [CONFIG, *student, *FEW["10pct"], *SCRATCH, SELDOM]
   teacher = f"--config.distill.teacher={runs}/finetune_10pct"
-  yield "student_supervised_10pct", "finetune", [CONFIG, *student, few["10pct"], *SCRATCH]
-  yield "student_distilled", "distill", [CONFIG, *student, teacher]
+  epochs = ["--config.distill.total_epochs=6", "--config.distill.optimizer.warmup_epochs=0.5"]
+  yield "student_distilled", "distill", [CONFIG, *student, teacher, *epochs]
   yield "transfer", "transfer", [start, "--config.transfer.datasets=cifar10"]
 
 
