@@ -50,13 +50,12 @@ class Axis:
         value = 0
       if 0 < value < float("inf"):
         return f"{value:g}" if self.number is float else str(value)
-      wanted = f"positive {'whole ' if self.number is int else ''}numbers with commas between"
+      near, wanted = "", f"positive {'whole ' if self.number is int else ''}numbers with commas between"
       wanted += "" if self.factor_of else f", such as {','.join(self.labels)}"
     else:
+      near = errors.nearest(part, self.labels)
       wanted = f"some of {', '.join(label for label in self.labels if label) or 'nothing: it has one value'}"
-    raise errors.UserError(
-      f"--{option}={text}: {part!r} is no {self.name}{errors.nearest(part, self.labels)}; give {wanted}."
-    )
+    raise errors.UserError(f"--{option}={text}: {part!r} is no {self.name}{near}; give {wanted}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,15 +49,14 @@ def run(
   telemetry.log.info(
     "study %s: %d cells, each pretrained and evaluated (%s), in %s", study, len(due), evaluation, workdir
   )
-  bugs = []
+  bugs, programs = [], {}
   with _compiled_in(str(epath.Path(workdir) / "compiled")), _stopping(), _bar(len(due)) as bar:
     for number, labels in enumerate(due, 1):
       known = grid.refresh(labels)
       if not known:
-        bugs += _run_cell(grid, labels)
+        bugs += _run_cell(grid, labels, programs)
         grid.write()
-        # A cell's programs, and the arrays that they hold, are of no use to another: what can be shared is on disk.
-        jax.clear_caches()
+        # What a cell compiled goes with its functions, which hold each other.
         gc.collect()
       telemetry.log.info("[%d/%d] %s%s", number, len(due), grid.outcome(labels), ", finished before" if known else "")
       bar.update()
@@ -97,7 +96,7 @@ def _checked(config, study, rows, columns, evaluation) -> list[tuple[str, ...]]:
   ]
 
 
-def _run_cell(grid: study_grid.Grid, labels: study_grid.Labels) -> list[Exception]:
+def _run_cell(grid: study_grid.Grid, labels: study_grid.Labels, programs: dict) -> list[Exception]:
   """Runs what is missing of one cell; returns the exception if it failed by a bug of ours."""
   begin, cell = time.monotonic(), grid.cells[labels]
   bugs = []
@@ -105,7 +104,7 @@ def _run_cell(grid: study_grid.Grid, labels: study_grid.Labels) -> list[Exceptio
     (pretrained, evaluated), (pretraining, evaluating) = grid.folders(labels), grid.configs(labels)
     with telemetry.quiet():
       if not grid.pretrained(labels):
-        pretrain.run(pretraining, pretrained, draw=False)
+        pretrain.run(pretraining, pretrained, draw=False, programs=programs)
       grid.job.run(evaluating, evaluated)
     grid.refresh(labels)
   except errors.UserError as error:
