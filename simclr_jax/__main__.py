@@ -218,8 +218,8 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
 
 def _nearest_key(key: str, known: dict) -> str:
   # Somebody who leaves the section out means the key of that name.
-  same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-  return f'; did you mean "{same_leaf[0]}"?' if same_leaf else errors.nearest(key, known)
+  same_leaf = [f'"{name}"' for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+  return f"; did you mean {' or '.join(same_leaf)}?" if same_leaf else errors.nearest(key, known)
 
 
 def _first(known: dict, section: str) -> str:

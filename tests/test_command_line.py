@@ -56,7 +56,7 @@ def test_an_unknown_job_gets_the_nearest_one(capsys):
 
 def test_an_unknown_key_gets_the_nearest_one(pretrain):
   assert 'did you mean "batch_size"' in pretrain("--config.bath_size=3")
-  assert 'did you mean "loss.temperature"' in pretrain("--config.temperature=3")
+  assert 'did you mean "distill.temperature" or "loss.temperature"?' in pretrain("--config.temperature=3")
 
 
 def test_a_section_is_not_a_key(pretrain):
