@@ -185,6 +185,8 @@ TINY = (
   "--config.log_every_steps=2",
   "--config.total_steps=3",
   "--config.evaluate_every_epochs=0",
+  "--config.monitor.knn_images=0",
+  "--config.monitor.pairs=0",
 )
 
 

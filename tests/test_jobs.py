@@ -38,6 +38,9 @@ TINY = [
   "--config.linear_eval.total_epochs=2.0",
   "--config.finetune.batch_size=16",
   "--config.finetune.total_epochs=0.4",
+  # What these measure has tests of its own, and takes long to compile.
+  "--config.monitor.knn_images=0",
+  "--config.monitor.pairs=0",
 ]
 
 # Of a view in TINY's network, by hand; and FLOPs of a pair, with the similarities of 32 views, three times in training.
