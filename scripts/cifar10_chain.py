@@ -76,8 +76,9 @@ def main():
 
 
 def _headline(result: dict) -> str:
-  names = ("eval/top1", "eval/knn_top1", "eval/online_top1")
-  return next((f"{100 * result[name]:6.2f} %  {name}" for name in names if name in result), "")
+  found = {name: result[name] for name in ("eval/top1", "eval/knn_top1", "eval/online_top1") if name in result}
+  found |= {name: entry["value"] for name, entry in result.get("datasets", {}).items()}
+  return ", ".join(f"{100 * value:.2f} % {name}" for name, value in found.items())
 
 
 if __name__ == "__main__":
