@@ -53,6 +53,9 @@ usage: python -m simclr_jax JOB --config=FILE[:VARIANT] [--config.KEY=VALUE ...]
 
 Exit codes: 0 done, 2 a mistake in the input, 143 stopped by SIGTERM with the state saved, 1 a bug."""
 
+# Keys that hold a path; what is typed is relative to the current folder, what a run stores is not.
+PATH_KEYS = ("checkpoint", "data.dir", "labels.ids", "distill.teacher")
+
 FLAGS = ("workdir", "coordinator", "processes", "process")
 
 
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> int:
     # Imported late: it brings TensorFlow, and --help should answer at once.
     job = importlib.import_module(f"simclr_jax.jobs.{name}")
     options = {option: flags[option] for option in JOBS[name] if option in flags}
-    job.run(*inputs, os.path.abspath(workdir) if "://" not in workdir else workdir, **options)
+    job.run(*inputs, errors.absolute(workdir), **options)
     return 0
   except errors.UserError as error:
     print(f"simclr_jax: {error}", file=sys.stderr)
@@ -154,13 +157,18 @@ def load_config(config_file: str, overrides: dict[str, str]) -> ml_collections.C
   config.lock()
   for key, text in overrides.items():
     _override(config, key, text)
+  for key in PATH_KEYS:
+    section, _, leaf = key.rpartition(".")
+    holder = config[section] if section else config
+    if holder[leaf] not in ("", "random"):
+      holder[leaf] = errors.absolute(holder[leaf])
   return config
 
 
 def _run_of(overrides: dict[str, str]) -> str:
   """Returns the run whose config serves where none is given: the checkpoint's, else the teacher's, or ""."""
   named = (overrides.get(key, "") for key in ("checkpoint", "distill.teacher"))
-  return next((path for path in named if path not in ("", "random")), "")
+  return next((errors.absolute(path) for path in named if path not in ("", "random")), "")
 
 
 def _with_new_keys(saved: dict) -> ml_collections.ConfigDict:

@@ -88,7 +88,7 @@ def find(path: str) -> epath.Path:
   Raises:
     UserError: there is no checkpoint.
   """
-  root = epath.Path(path)
+  root = epath.Path(errors.absolute(path))  # Orbax refuses relative paths.
   if not root.exists():
     raise errors.UserError(f"checkpoint {path} does not exist; give a run's workdir or one of its checkpoints.")
   folder = root / "checkpoints" if (root / "checkpoints").exists() else root
