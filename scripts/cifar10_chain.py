@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from simclr_jax.benchmarks import measure
+from benchmarks import measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 

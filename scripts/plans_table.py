@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from simclr_jax import chips
+from simclr_jax.hardware import chips
 
 COLUMNS = (
   "network",

@@ -17,7 +17,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import jax
 import ml_collections
 
-from simclr_jax import checkpoint, errors, telemetry
+from simclr_jax import errors
+from simclr_jax.training import checkpoint, telemetry
 
 # The jobs, and the options of each beside those that all have.
 JOBS = {

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import checkpoint, errors, sharding
+from simclr_jax import errors
+from simclr_jax.hardware import sharding
 from simclr_jax.models import resnet
+from simclr_jax.training import checkpoint
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
 

@@ -7,7 +7,8 @@ import numpy as np
 import small_step
 from jax.experimental import multihost_utils
 
-from simclr_jax import losses, sharding
+from simclr_jax import losses
+from simclr_jax.hardware import sharding
 
 
 def loss_case(kind, mesh, dtype):

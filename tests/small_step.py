@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import optim, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import optim
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import pretrain, setup
 from simclr_jax.models import heads, layers, simclr
+from simclr_jax.training import state as state_lib
 
 WEIGHT_DECAY, LOSS_SCALE, TEMPERATURE = 1e-4, 2.0, 0.2
 IMAGES = 48

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hidden import hide
 
+from benchmarks import accelerator, cifar, host_input, loss, measure, plain, resident, step
 from simclr_jax import __main__ as command
-from simclr_jax import errors, inference, sharding
-from simclr_jax.benchmarks import accelerator, cifar, host_input, loss, measure, plain, resident, step
+from simclr_jax import errors, inference
 from simclr_jax.data import device_augment
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import bench, feature_eval, pretrain
 from simclr_jax.models import heads, resnet, simclr
 
@@ -292,7 +293,7 @@ def test_the_plain_resnet_18_and_pytorchs_have_our_parameters():
   ]
   assert shapes[0] == shapes[1]
   pytest.importorskip("torch")
-  from simclr_jax.benchmarks import pytorch
+  from benchmarks import pytorch
 
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes[0]["params"]))
   keys = {"depth": 18, "width": 1, "small_images": True, "layers": 3, "out_dim": 128}
@@ -306,7 +307,7 @@ def test_the_plain_resnet_18_and_pytorchs_have_our_parameters():
 
 def test_pytorchs_loss_and_step_are_those_of_the_others():
   torch = pytest.importorskip("torch")
-  from simclr_jax.benchmarks import pytorch
+  from benchmarks import pytorch
 
   # Unrelated views, whose loss is far from zero.
   z = np.random.default_rng(0).normal(size=(6, 2, loss.DIM)).astype(np.float32)

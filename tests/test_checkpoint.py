@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from simclr_jax import checkpoint, errors, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import errors
+from simclr_jax.hardware import sharding
+from simclr_jax.training import checkpoint
+from simclr_jax.training import state as state_lib
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from simclr_jax import __main__ as command
-from simclr_jax import checkpoint
+from simclr_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [

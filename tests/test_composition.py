@@ -11,8 +11,9 @@ import pytest
 from samples import distance_to_uniform
 
 from simclr_jax import __main__ as command
-from simclr_jax import cost, errors, sharding
+from simclr_jax import errors
 from simclr_jax.data import arrays, composition, device_augment, resident, sources
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.jobs import feed
 
 ROOT = pathlib.Path(__file__).parents[1]

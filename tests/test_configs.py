@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from simclr_jax import __main__ as command
-from simclr_jax import checkpoint, optim
+from simclr_jax import optim
 from simclr_jax.models import resnet
+from simclr_jax.training import checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PACKAGE = pathlib.Path(command.__file__).parent

@@ -10,9 +10,10 @@ import pytest
 import weights_by_name
 from flax import traverse_util
 
-from simclr_jax import errors, reference
+from simclr_jax import errors
 from simclr_jax.jobs import convert
 from simclr_jax.models import heads, resnet, simclr
+from simclr_jax.released import names as reference
 
 FIXTURES = ["resnet_r18_32", "resnet_r18_64", "resnet_r50_64", "resnet_r50_sk_64"]
 

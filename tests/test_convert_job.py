@@ -15,9 +15,13 @@ from orbax.checkpoint import v1 as ocp
 
 import simclr_jax
 from simclr_jax import __main__ as command
-from simclr_jax import architecture, checkpoint, errors, inference, reference, reference_files
+from simclr_jax import errors, inference
 from simclr_jax.jobs import convert
 from simclr_jax.models import heads, resnet, simclr
+from simclr_jax.released import architecture
+from simclr_jax.released import files as reference_files
+from simclr_jax.released import names as reference
+from simclr_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = dict(depth=10, width=0.125, small_images=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax import cost, sharding
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.models import convolution, layers
 
 # (kernel, stride, height, width, images): fewer images than a part, one part, several; small and large outputs;

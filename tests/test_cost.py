@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from simclr_jax import chips, cost, sharding
+from simclr_jax.hardware import chips, cost, sharding
 from simclr_jax.models import resnet
 
 

@@ -11,8 +11,9 @@ import pytest
 import tensorflow as tf
 from samples import distance, distance_to_uniform
 
-from simclr_jax import cost, errors, sharding
+from simclr_jax import errors
 from simclr_jax.data import device_augment, host_augment
+from simclr_jax.hardware import cost, sharding
 
 WHOLE = {"area": (1.0, 1.0), "aspect": (1.0, 1.0), "flip": False}
 LAW = {

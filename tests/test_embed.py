@@ -17,11 +17,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from simclr_jax import __main__ as command
-from simclr_jax import checkpoint, inference, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import inference
 from simclr_jax.data import shapes, sources, subset
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import representation, setup
 from simclr_jax.models import simclr
+from simclr_jax.training import checkpoint
+from simclr_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [

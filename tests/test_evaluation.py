@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import evaluation, sharding
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import sharding
 
 
 def batches(values, labels, size):

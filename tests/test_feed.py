@@ -15,10 +15,11 @@ import small_step
 from PIL import Image
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors, optim, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import errors, optim
 from simclr_jax.data import arrays, pipeline, sources
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import feed, pretrain, setup
+from simclr_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 16

@@ -14,11 +14,14 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from simclr_jax import __main__ as command
-from simclr_jax import checkpoint, cost, errors, optim, reference, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import errors, optim
 from simclr_jax.data import arrays, sources, subset
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.jobs import classifier, convert
 from simclr_jax.models import heads, resnet, simclr
+from simclr_jax.released import names as reference
+from simclr_jax.training import checkpoint
+from simclr_jax.training import state as state_lib
 
 # Which variables the issue of TF1's and TF2's oddities leaves comparable; see the fixtures' description.
 WHOLE, HEAD = "", "head_supervised"

@@ -18,8 +18,9 @@ from PIL import Image
 
 import simclr_jax
 from simclr_jax import __main__ as command
-from simclr_jax import checkpoint, errors, telemetry
+from simclr_jax import errors
 from simclr_jax.jobs import input_profile
+from simclr_jax.training import checkpoint, telemetry
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [

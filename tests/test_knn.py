@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors, neighbours, sharding
+from simclr_jax import errors
+from simclr_jax.evaluation import neighbours
+from simclr_jax.hardware import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {"one device": lambda: None, "eight devices": sharding.data_mesh}

@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from simclr_jax import checkpoint, chips, errors, loop, sharding, telemetry
-from simclr_jax import state as state_lib
+from simclr_jax import errors
 from simclr_jax.data import prefetch
+from simclr_jax.hardware import chips, sharding
+from simclr_jax.training import checkpoint, loop, telemetry
+from simclr_jax.training import state as state_lib
 
 TX = optax.sgd(1.0)
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy_reference
 import pytest
 
-from simclr_jax import errors, losses, sharding
+from simclr_jax import errors, losses
+from simclr_jax.hardware import sharding
 
 METRICS = ("contrast_acc", "contrast_entropy", "contrast_top1")
 

@@ -12,10 +12,12 @@ import small_step
 from test_losses import random_views
 
 from configs import demo
-from simclr_jax import checkpoint, cost, errors, losses, sharding
-from simclr_jax import memory as memory_lib
-from simclr_jax import state as state_lib
+from simclr_jax import errors, losses
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.jobs import pretrain
+from simclr_jax.losses import negatives as memory_lib
+from simclr_jax.training import checkpoint
+from simclr_jax.training import state as state_lib
 
 DECAY = 0.999  # The step's default.
 VIEWS = 2 * small_step.IMAGES

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import small_step
 
-from simclr_jax import cost, losses, optim, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import losses, optim
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.jobs import setup
 from simclr_jax.models import resnet
+from simclr_jax.training import state as state_lib
 
 
 def assert_equal_leaves(ours, theirs, tolerance):

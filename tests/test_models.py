@@ -11,9 +11,9 @@ import weights_by_name
 from flax import traverse_util
 
 from simclr_jax import errors
-from simclr_jax import reference as reference_names
 from simclr_jax.jobs import convert
 from simclr_jax.models import heads, layers, resnet, simclr
+from simclr_jax.released import names as reference_names
 
 FIXTURES = [
   "resnet_r18_32",

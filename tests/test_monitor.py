@@ -9,8 +9,10 @@ import pytest
 import small_step
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors, geometry, neighbours, sharding
+from simclr_jax import errors
 from simclr_jax.data import arrays, shapes, sources, subset
+from simclr_jax.evaluation import geometry, neighbours
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import feed, monitor, setup
 
 ROOT = pathlib.Path(__file__).parents[1]

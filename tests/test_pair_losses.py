@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from test_losses import random_views
 
-from simclr_jax import errors, losses, pair_losses, sharding
+from simclr_jax import errors, losses
+from simclr_jax.hardware import sharding
+from simclr_jax.losses import dense as pair_losses
 
 MARGIN, TEMPERATURE = 0.8, 0.3
 

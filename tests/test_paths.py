@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from test_jobs import TINY
 
 import simclr_jax
 from simclr_jax import __main__ as command
 from simclr_jax import errors
-from test_jobs import TINY
 
 
 @pytest.fixture(scope="module")

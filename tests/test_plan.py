@@ -12,7 +12,7 @@ import pytest
 from hidden import hide
 
 from simclr_jax import __main__ as command
-from simclr_jax import cost
+from simclr_jax.hardware import cost
 from simclr_jax.jobs import plan
 
 ROOT = pathlib.Path(__file__).parents[1]

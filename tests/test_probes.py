@@ -10,7 +10,10 @@ import pytest
 from sklearn import linear_model
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors, evaluation, probes, sharding
+from simclr_jax import errors
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.evaluation import probes
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import feature_eval, feed, representation, setup
 
 ROOT = pathlib.Path(__file__).parents[1]

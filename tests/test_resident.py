@@ -19,8 +19,9 @@ import tensorflow as tf
 from conftest import REAL_DATA
 from PIL import Image
 
-from simclr_jax import cost, errors, sharding
+from simclr_jax import errors
 from simclr_jax.data import arrays, device_augment, host_augment, pipeline, resident, sources
+from simclr_jax.hardware import cost, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALONE = {"process_index": 0, "process_count": 1}

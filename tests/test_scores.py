@@ -5,7 +5,7 @@ import fractions
 import numpy as np
 import pytest
 
-from simclr_jax import scores
+from simclr_jax.evaluation import scores
 
 
 def test_of_equal_scores_the_lower_class_counts():

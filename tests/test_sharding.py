@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from simclr_jax import errors, sharding
+from simclr_jax import errors
+from simclr_jax.hardware import sharding
 
 
 def test_the_mesh_has_one_automatic_axis_over_all_devices():

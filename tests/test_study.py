@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from simclr_jax import __main__ as command
-from simclr_jax import checkpoint, errors, loop, losses, sharding, studies, telemetry
+from simclr_jax import errors, losses, studies
 from simclr_jax.data import composition
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import knn, linear_eval, pretrain, setup, study, study_grid
+from simclr_jax.training import checkpoint, loop, telemetry
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = str(ROOT / "configs" / "study_demo.py")

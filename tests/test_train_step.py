@@ -10,10 +10,12 @@ import pytest
 import weights_by_name
 from flax import traverse_util
 
-from simclr_jax import optim, reference, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import optim
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import convert, pretrain
 from simclr_jax.models import heads, resnet, simclr
+from simclr_jax.released import names as reference
+from simclr_jax.training import state as state_lib
 
 
 def network(*, depth, projection_layers, dtype, width=1.0, out_dim=128, classes=10):

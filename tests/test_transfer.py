@@ -14,8 +14,10 @@ from PIL import Image
 from sklearn import linear_model
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors, probes, scores, sharding
+from simclr_jax import errors
 from simclr_jax.data import host_augment, pipeline, sources
+from simclr_jax.evaluation import probes, scores
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import setup, transfer, transfer_sets
 
 ROOT = pathlib.Path(__file__).parents[1]

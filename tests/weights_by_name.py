@@ -44,7 +44,7 @@ def of_network(
 
   Args:
     tree: `{"params": ..., "batch_stats": ...}` with anything that has a shape as leaves.
-    paths: reference name -> path in the tree, from `simclr_jax.reference`.
+    paths: reference name -> path in the tree, from `simclr_jax.released.names`.
     prefix: the fixture's `name_prefix`.
     dtype: type of the arrays; their values are those of float32.
   """

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from simclr_jax import sharding
+from simclr_jax.hardware import sharding
 
 # Placed batches that wait: one in use, one on its way, so that neither side ever waits for the other's jitter.
 AHEAD = 2

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import sharding
 from simclr_jax.data import arrays, device_augment, law
 from simclr_jax.data import order as order_lib
+from simclr_jax.hardware import sharding
 
 ORDER = 1  # Apart from the keys of the augmentation, which have the same seed.
 

@@ -22,8 +22,8 @@ import os
 
 from etils import epath
 
+from benchmarks import accelerator, cifar, host_input, loss, measure, resident, step
 from simclr_jax import errors
-from simclr_jax.benchmarks import accelerator, cifar, host_input, loss, measure, resident, step
 
 SIZES = "1024,2048,4096,8192,16384,32768,65536"
 SECTIONS = ("loss", "input", "step", "resident")

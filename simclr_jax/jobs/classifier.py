@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from simclr_jax import checkpoint, cost, errors, evaluation, figures, inference, optim, telemetry
-from simclr_jax import loop as training_loop
-from simclr_jax import state as state_lib
+from simclr_jax import errors, figures, inference, optim
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import cost
 from simclr_jax.jobs import feed, setup
 from simclr_jax.models import simclr
+from simclr_jax.training import checkpoint, telemetry
+from simclr_jax.training import loop as training_loop
+from simclr_jax.training import state as state_lib
 
 SHOWN = {"train/loss": "loss", "train/accuracy": "accuracy"}
 

@@ -21,10 +21,15 @@ import numpy as np
 from flax import traverse_util
 
 from simclr_jax import __main__ as command
-from simclr_jax import architecture, checkpoint, errors, inference, reference, reference_files, sharding, telemetry
-from simclr_jax import state as state_lib
+from simclr_jax import errors, inference
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import setup
 from simclr_jax.models import simclr
+from simclr_jax.released import architecture
+from simclr_jax.released import files as reference_files
+from simclr_jax.released import names as reference
+from simclr_jax.training import checkpoint, telemetry
+from simclr_jax.training import state as state_lib
 
 # With the small stem, by the number of classes; everything else was trained on ImageNet.
 SMALL_DATA = {0: "cifar10", 10: "cifar10", 100: "cifar100"}

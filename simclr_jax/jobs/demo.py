@@ -11,8 +11,10 @@ import time
 import numpy as np
 from etils import epath
 
-from simclr_jax import evaluation, figures, inference, telemetry
+from simclr_jax import figures, inference
+from simclr_jax.evaluation import features as evaluation
 from simclr_jax.jobs import finetune, linear_eval, pretrain, setup
+from simclr_jax.training import telemetry
 
 
 def run(config, workdir: str) -> dict[str, float]:

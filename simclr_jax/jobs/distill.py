@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import errors, evaluation, sharding, telemetry
+from simclr_jax import errors
 from simclr_jax.data import subset
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import classifier, representation, setup
+from simclr_jax.training import telemetry
 
 SHOWN = {"train/loss": "loss", "train/agreement": "agrees with the teacher"}
 

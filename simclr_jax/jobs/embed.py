@@ -27,9 +27,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import auto as tqdm
 
-from simclr_jax import checkpoint, errors, evaluation, sharding, telemetry
+from simclr_jax import errors
 from simclr_jax.data import subset
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import knn, representation, setup
+from simclr_jax.training import checkpoint, telemetry
 
 JOB = "embed"
 

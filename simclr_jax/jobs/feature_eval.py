@@ -13,8 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax import checkpoint, errors, evaluation, probes, telemetry
+from simclr_jax import errors
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.evaluation import probes
 from simclr_jax.jobs import feed, representation, setup
+from simclr_jax.training import checkpoint, telemetry
 
 JOB = "linear_eval"
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 
-from simclr_jax import errors, loop, sharding
+from simclr_jax import errors
 from simclr_jax.data import arrays, composition, device_augment, law, resident
+from simclr_jax.hardware import sharding
 from simclr_jax.inference import DTYPES
 from simclr_jax.jobs import setup
+from simclr_jax.training import loop
 
 Batch = dict[str, jax.Array]
 

@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from simclr_jax import chips
+from simclr_jax.hardware import chips
 from simclr_jax.jobs import feed, setup
 
 SECONDS = 10.0

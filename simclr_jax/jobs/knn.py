@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax import checkpoint, errors, neighbours, telemetry
+from simclr_jax import errors
+from simclr_jax.evaluation import neighbours
 from simclr_jax.jobs import feature_eval, representation, setup
+from simclr_jax.training import checkpoint, telemetry
 
 JOB = "knn"
 

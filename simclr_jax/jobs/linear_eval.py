@@ -12,8 +12,10 @@ distill or linear_eval, pretraining's online one, or a converted release.
 
 import jax
 
-from simclr_jax import checkpoint, errors, evaluation, telemetry
+from simclr_jax import errors
+from simclr_jax.evaluation import features as evaluation
 from simclr_jax.jobs import classifier, feature_eval, representation, setup
+from simclr_jax.training import checkpoint, telemetry
 
 PROTOCOLS = ("reference", "features", "stored")
 

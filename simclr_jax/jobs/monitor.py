@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import errors, evaluation, figures, geometry, neighbours, sharding, telemetry
+from simclr_jax import errors, figures
 from simclr_jax.data import subset
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.evaluation import geometry, neighbours
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import feed, setup
+from simclr_jax.training import telemetry
 
 KNN_TEMPERATURE = 0.1
 

@@ -24,10 +24,12 @@ import jax.numpy as jnp
 from etils import epath
 from jax.experimental import topologies
 
-from simclr_jax import chips, cost, errors, sharding, telemetry
-from simclr_jax import state as state_lib
+from simclr_jax import errors
 from simclr_jax.data import composition
+from simclr_jax.hardware import chips, cost, sharding
 from simclr_jax.jobs import feed, pretrain, setup
+from simclr_jax.training import state as state_lib
+from simclr_jax.training import telemetry
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
 

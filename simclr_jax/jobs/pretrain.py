@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from simclr_jax import cost, errors, figures, inference, losses, optim, sharding, telemetry
-from simclr_jax import loop as training_loop
-from simclr_jax import memory as memory_lib
-from simclr_jax import state as state_lib
+from simclr_jax import errors, figures, inference, losses, optim
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.jobs import feed, input_profile, monitor, setup
+from simclr_jax.losses import negatives as memory_lib
 from simclr_jax.models import simclr
+from simclr_jax.training import loop as training_loop
+from simclr_jax.training import state as state_lib
+from simclr_jax.training import telemetry
 
 SHOWN = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from simclr_jax import checkpoint, errors, evaluation, inference, sharding
-from simclr_jax import state as state_lib
+from simclr_jax import errors, inference
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import setup
 from simclr_jax.models import simclr
+from simclr_jax.training import checkpoint
+from simclr_jax.training import state as state_lib
 
 
 def load(config, mesh: jax.sharding.Mesh, *, job: str):

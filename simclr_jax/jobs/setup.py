@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import checkpoint, errors, optim, sharding
+from simclr_jax import errors, optim
 from simclr_jax.data import arrays, law, order, resident, subset
+from simclr_jax.hardware import sharding
 from simclr_jax.inference import DTYPES
 from simclr_jax.models import heads
+from simclr_jax.training import checkpoint
 
 # In place of a checkpoint: the encoder as it is initialised.
 RANDOM = "random"

@@ -31,8 +31,9 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import auto as tqdm
 
-from simclr_jax import checkpoint, errors, loop, studies, telemetry
+from simclr_jax import errors, studies
 from simclr_jax.jobs import pretrain, setup, study_grid
+from simclr_jax.training import checkpoint, loop, telemetry
 
 # Below this a program is compiled again rather than kept.
 KEPT_COMPILE_SECONDS = 0.1

@@ -4,8 +4,9 @@ import json
 
 from etils import epath
 
-from simclr_jax import checkpoint, figures, studies, telemetry
+from simclr_jax import figures, studies
 from simclr_jax.jobs import knn, linear_eval, setup
+from simclr_jax.training import checkpoint, telemetry
 
 # By the evaluation's name: its job, what it overrides, and the accuracy that is shown.
 EVALUATIONS = {

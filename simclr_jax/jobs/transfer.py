@@ -20,8 +20,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax import checkpoint, errors, evaluation, probes, scores, telemetry
+from simclr_jax import errors
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.evaluation import probes, scores
 from simclr_jax.jobs import knn, representation, setup, transfer_sets
+from simclr_jax.training import checkpoint, telemetry
 
 JOB = "transfer"
 METRICS = {

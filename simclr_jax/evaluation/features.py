@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import linear_model, pipeline, preprocessing
 
-from simclr_jax import sharding
+from simclr_jax.hardware import sharding
 
 
 def accuracy(

@@ -14,9 +14,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from simclr_jax import checkpoint, errors, sharding, telemetry
-from simclr_jax import state as state_lib
+from simclr_jax import errors
 from simclr_jax.data import prefetch
+from simclr_jax.hardware import sharding
+from simclr_jax.training import checkpoint, telemetry
+from simclr_jax.training import state as state_lib
 
 # Dispatches handed to the device ahead of its work: enough that it never idles, few enough that the batches that wait
 # there do not fill its memory.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from simclr_jax import sharding
+from simclr_jax.hardware import sharding
 
 
 @flax.struct.dataclass

@@ -9,7 +9,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from simclr_jax.benchmarks import measure
+from benchmarks import measure
 
 SIZE = 224
 # What is counted at a time, and what goes before.

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import measure
 from simclr_jax import errors, losses
-from simclr_jax.benchmarks import measure
 
 DIM = 128
 TEMPERATURE = 0.1

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from simclr_jax import errors, evaluation, sharding
+from simclr_jax import errors
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import sharding
 
 # Test rows that are compared at a time, and training rows of a device that they are compared with at a time: on every
 # device there are QUERIES * BLOCK similarities in memory, whatever the number of training rows.

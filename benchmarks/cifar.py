@@ -6,8 +6,9 @@ import time
 import jax
 from etils import epath
 
-from simclr_jax import inference, neighbours
-from simclr_jax.benchmarks import measure, step
+from benchmarks import measure, step
+from simclr_jax import inference
+from simclr_jax.evaluation import neighbours
 from simclr_jax.jobs import feature_eval, pretrain, setup
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1

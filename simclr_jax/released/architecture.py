@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from simclr_jax import errors, reference
+from simclr_jax import errors
 from simclr_jax.models import resnet
+from simclr_jax.released import names as reference
 
 Shapes = Mapping[str, tuple[int, ...]]
 

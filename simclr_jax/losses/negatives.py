@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from simclr_jax import errors, losses, sharding
+from simclr_jax import errors, losses
+from simclr_jax.hardware import sharding
 
 # Of the model's parameters: what it takes to embed an image.
 PARTS = ("encoder", "projection_head")

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from tqdm import auto as tqdm
 
-from simclr_jax import chips
+from simclr_jax.hardware import chips
 
 # What a progress bar shows of every run.
 SPEED = {

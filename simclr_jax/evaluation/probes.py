@@ -9,7 +9,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from simclr_jax import errors, evaluation, optim, sharding
+from simclr_jax import errors, optim
+from simclr_jax.evaluation import features as evaluation
+from simclr_jax.hardware import sharding
 from simclr_jax.models import heads
 
 # Rows whose logits, of all classifiers, are in memory together when they are counted.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simclr_jax.benchmarks import loss
+from benchmarks import loss
 from simclr_jax.models import resnet
 
 BATCH_NORM = {"momentum": 0.9, "epsilon": 1e-5}

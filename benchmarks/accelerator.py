@@ -9,11 +9,12 @@ from concurrent import futures
 import jax
 import numpy as np
 
+from benchmarks import measure, step
 from simclr_jax import __main__ as command
-from simclr_jax import chips, errors, sharding
-from simclr_jax import state as state_lib
-from simclr_jax.benchmarks import measure, step
+from simclr_jax import errors
+from simclr_jax.hardware import chips, sharding
 from simclr_jax.jobs import feed, pretrain, setup
+from simclr_jax.training import state as state_lib
 
 BATCHES = "512,384,256,128,64"
 STEPS = 20

@@ -6,12 +6,12 @@ import importlib.util
 import jax
 import numpy as np
 
+from benchmarks import loss, measure, plain
 from simclr_jax import __main__ as command
-from simclr_jax import sharding
-from simclr_jax import state as state_lib
-from simclr_jax.benchmarks import loss, measure, plain
+from simclr_jax.hardware import sharding
 from simclr_jax.jobs import pretrain, setup
 from simclr_jax.models import simclr
+from simclr_jax.training import state as state_lib
 
 IMAGES = 64
 EXAMPLES = 50_000
@@ -119,6 +119,6 @@ def config_keys(config) -> dict:
 
 def pytorch_trainer(keys: dict):
   """Returns `pytorch.trainer`, imported where it is called."""
-  from simclr_jax.benchmarks import pytorch
+  from benchmarks import pytorch
 
   return pytorch.trainer(**keys)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import state as state_lib
-from simclr_jax.benchmarks import measure, step
+from benchmarks import measure, step
 from simclr_jax.jobs import feed, pretrain, setup
+from simclr_jax.training import state as state_lib
 
 OVERRIDES = {
   "data.resident": "true",

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from simclr_jax import errors, pair_losses, sharding
+from simclr_jax import errors
+from simclr_jax.hardware import sharding
+from simclr_jax.losses import dense as pair_losses
 
 BLOCKWISE = ("nt_xent", "sup_con", "dcl")
 KINDS = BLOCKWISE + pair_losses.KINDS

@@ -9,7 +9,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from simclr_jax import errors
-from simclr_jax import state as state_lib
+from simclr_jax.training import state as state_lib
 
 # Two parts, so that a job that only wants the network never touches the optimizer's arrays.
 MODEL, TRAINING = "model", "training"

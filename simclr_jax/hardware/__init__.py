@@ -1,0 +1,1 @@
+"""The devices: mesh and placements, facts about chips, and what a program costs."""

@@ -1,0 +1,1 @@
+"""The reference's released networks: names, files, architecture."""
