@@ -14,6 +14,9 @@ class Process:
   count: int = 1
 
 
+ALONE = Process()
+
+
 @dataclasses.dataclass(frozen=True)
 class Order:
   """The order of training examples: a function of these numbers, the epoch and the data, not of the hosts.

@@ -26,7 +26,7 @@ def train_batches(
   order: order_lib.Order,
   *,
   start_step: int = 0,
-  process: order_lib.Process = order_lib.Process(),  # noqa: B008 (frozen)
+  process: order_lib.Process = order_lib.ALONE,
   threads: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns this host's rows of the global batches from step `start_step` on, without end.
@@ -88,7 +88,7 @@ def evaluation_batches(
   transform: Transform,
   *,
   batch_size: int,
-  process: order_lib.Process = order_lib.Process(),  # noqa: B008 (frozen)
+  process: order_lib.Process = order_lib.ALONE,
   threads: int = 0,
   seed: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:

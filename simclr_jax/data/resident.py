@@ -86,7 +86,7 @@ def evaluation_batches(
   *,
   batch_size: int,
   image_size: int,
-  process: order_lib.Process = order_lib.Process(),  # noqa: B008 (frozen)
+  process: order_lib.Process = order_lib.ALONE,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of one pass over the split, in the order and with the padding of the host's pipeline.
 
@@ -113,7 +113,7 @@ def augmented_batches(
   batch_size: int,
   seed: int,
   epoch: int,
-  process: order_lib.Process = order_lib.Process(),  # noqa: B008 (frozen)
+  process: order_lib.Process = order_lib.ALONE,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields what `evaluation_batches` does, with random views in place of the centre crops.
 

@@ -36,9 +36,7 @@ def open(request: source_lib.Request) -> arrays.Arrays:
   """
   _check_split(request.split)
   if request.num_examples < 1:
-    raise errors.UserError(
-      f"{request.num_examples} shapes asked for; set the number of examples to at least 1."
-    )
+    raise errors.UserError(f"{request.num_examples} shapes asked for; set the number of examples to at least 1.")
   images, labels = draw(request.split, request.num_examples, request.image_size, request.seed)
   return arrays.Arrays(f"shapes ({request.split})", images, labels, CLASS_NAMES)
 
