@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""The exception for mistakes of the user, and helpers for its messages."""
 
 import difflib
 import os
@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-  """A mistake in the input: one line with what came, what was wanted, what to do.
+  """A mistake in the input, described in one line: what came, what was wanted, what to do.
 
-  `__main__` prints the line and exits with code 2; anything else that is
-  raised is our bug and exits with code 1.
+  `__main__` prints the line and exits with code 2; any other exception is a bug and exits with code 1.
   """
 
 
@@ -20,5 +19,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def absolute(path: str) -> str:
-  """Returns a path without `~` and independent of the current folder; URLs such as gs://... stay as they are."""
+  """Returns the absolute path with `~` expanded; URLs such as gs://... are returned unchanged."""
   return path if "://" in path else os.path.abspath(os.path.expanduser(path))
