@@ -1,14 +1,13 @@
-"""The one exception that means: the user can fix this."""
+"""The exception for mistakes of the user, and helpers for its messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-  """A mistake in the input: one line with what came, what was wanted, what to do.
+  """A mistake in the input, described in one line: what came, what was wanted, what to do.
 
-  `__main__` prints the line and exits with code 2; anything else that is
-  raised is our bug and exits with code 1.
+  `__main__` prints the line and exits with code 2; any other exception is a bug and exits with code 1.
   """
 
 
