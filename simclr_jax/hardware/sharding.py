@@ -123,3 +123,41 @@ def check_divisible(batch_size: int, mesh: Mesh, *, micro_batches: int = 1, name
       f"{name} {batch_size}{into} does not split over {mesh.size} devices; "
       f"use a multiple of {parts}, for example {choices}"
     )
+
+
+def place_rows(array: np.ndarray, mesh: Mesh, rows: int | None = None, dtype: Any = None) -> jax.Array:
+  """Returns [rows, ...] with the rows split over the devices; the array is the same on every process.
+
+  Each device's part is made alone, so that no padded or converted copy of the whole array exists.
+
+  Args:
+    array: [N, ...].
+    mesh: the devices.
+    rows: a multiple of the devices, at least N; zeros fill up what is missing. None: the next multiple.
+    dtype: of the result; None for the array's own.
+  """
+  rows = -(-len(array) // mesh.size) * mesh.size if rows is None else rows
+  return _from_host(array, rows, batched(mesh), dtype)
+
+
+def replicate(array: np.ndarray, mesh: Mesh, rows: int | None = None, dtype: Any = None) -> jax.Array:
+  """Returns [rows, ...], whole on every device; the array is the same on every process.
+
+  Args:
+    array: [N, ...].
+    mesh: the devices.
+    rows: at least N; zeros fill up what is missing. None: N.
+    dtype: of the result; None for the array's own.
+  """
+  return _from_host(array, len(array) if rows is None else rows, replicated(mesh), dtype)
+
+
+def _from_host(array, rows, placement, dtype):
+  # Not device_put, which would compare the array among the processes.
+  def part(index):
+    own = np.asarray(array[index], dtype)
+    begin, end, _ = index[0].indices(rows)
+    missing = end - begin - len(own)
+    return np.concatenate([own, np.zeros((missing, *own.shape[1:]), own.dtype)]) if missing else own
+
+  return jax.make_array_from_callback((rows, *array.shape[1:]), placement, part)
