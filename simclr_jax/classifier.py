@@ -50,9 +50,7 @@ class Task:
   about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def train(
-  run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, int] | None = None
-) -> dict[str, Any]:
+def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, int] | None = None) -> dict[str, Any]:
   """Trains what `config.checkpoint` names by the job's recipe; returns (and writes to `result.json`) accuracies.
 
   Args:

@@ -84,7 +84,7 @@ class Experiment:
 
   # The images.
 
-  def source(self, split: str) -> source.Source:
+  def images_of(self, split: str) -> source.Source:
     """Returns the examples of one split, decoded in memory where they are resident."""
     data = self.config.data
     if data.resident and self.config.augment.place != "device":
@@ -109,7 +109,7 @@ class Experiment:
   @functools.cached_property
   def train(self) -> source.Source:
     """The whole training split."""
-    return self.source(self.config.data.train_split)
+    return self.images_of(self.config.data.train_split)
 
   @functools.cached_property
   def held_out(self) -> source.Source:
@@ -118,7 +118,7 @@ class Experiment:
       raise errors.UserError(
         f"{self.job} counts on held-out images; set --config.data.eval_split, for example to test."
       )
-    return self.source(self.config.data.eval_split)
+    return self.images_of(self.config.data.eval_split)
 
   @functools.cached_property
   def labelled(self) -> source.Source:

@@ -34,11 +34,13 @@ class Key:
   is_free: bool = False
 
 
-def _optimizer(name: str, base_learning_rate: float, warmup_epochs: float, weight_decay: float) -> dict[str, Key]:
+def _optimizer(
+  name: str, base_learning_rate: float, warmup_epochs: float, weight_decay: float, scaling: str = "linear"
+) -> dict[str, Key]:
   return {
     "name": Key(name, "lars, momentum (Nesterov) or adam", choices=optim.OPTIMIZERS),
     "base_learning_rate": Key(base_learning_rate, "before scaling with the batch size"),
-    "scaling": Key("linear", "linear: base * batch_size / 256; sqrt: base * sqrt(batch_size)", choices=optim.SCALINGS),
+    "scaling": Key(scaling, "linear: base * batch_size / 256; sqrt: base * sqrt(batch_size)", choices=optim.SCALINGS),
     "warmup_epochs": Key(warmup_epochs, "linear warm-up from zero"),
     "momentum": Key(0.9, "decay of the momentum buffer, of lars and momentum"),
     "weight_decay": Key(weight_decay, "L2; batch normalisation is left out, under lars biases too"),
@@ -84,8 +86,11 @@ _TREE = {
     "max_bad_share": Key(0.01, "share of a folder's images that may be corrupt before the run stops"),
   },
   "augment": {
-    "place": Key("device", "device: the host crops, colours and blur are part of the step; host: all in tf.data",
-                 choices=("host", "device")),
+    "place": Key(
+      "device",
+      "device: the host crops, colours and blur are part of the step; host: all in tf.data",
+      choices=("host", "device"),
+    ),
     "dtype": Key("float32", "of the device's part", choices=_PRECISIONS),
     "resize": Key("bicubic", "the host's crops where place is device; bilinear is faster", choices=distortion.RESIZES),
     "min_area": Key(0.08, "smallest share of the image in a random crop"),
@@ -96,8 +101,11 @@ _TREE = {
     "color_probability": Key(0.8, "of the colour jitter"),
     "grayscale_probability": Key(0.2, "of the conversion to grey"),
     "blur_probability": Key(0.5, "of the blur; 0 for CIFAR-10"),
-    "compose": Key("", "v1 figure 5, in place of flip, colours and blur: both views are one random crop, the second goes "
-                   "through these too: crop, cutout, color, sobel, noise, blur, rotate"),
+    "compose": Key(
+      "",
+      "v1 figure 5, in place of flip, colours and blur: both views are one random crop, the second goes through"
+      " these too: crop, cutout, color, sobel, noise, blur, rotate",
+    ),
   },
   "model": {
     "encoder": Key("resnet", "the network", choices=tuple(encoders.ENCODERS)),
@@ -108,20 +116,31 @@ _TREE = {
     "small_images": Key(False, "CIFAR stem: 3x3 stride 1, no pooling"),
     "dtype": Key("float32", "of activations; statistics and loss are at least float32", choices=_PRECISIONS),
     "param_dtype": Key("float32", "of parameters", choices=_PRECISIONS),
-    "remat": Key("none", "what the backward pass computes again: none, convs (all but convolutions) or blocks (whole "
-                 "residual blocks), for all groups or one each: blocks,convs,none,none", is_free=True),
+    "remat": Key(
+      "none",
+      "what the backward pass computes again: none, convs (all but convolutions) or blocks (whole "
+      "residual blocks), for all groups or one each: blocks,convs,none,none",
+      is_free=True,
+    ),
   },
   "head": {
     "layers": Key(3, "of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2"),
     "out_dim": Key(128, "dimension of z"),
-    "finetune_from": Key(0, "layer that feeds finetune's classifier: 0 is the encoder's h, 1 the first layer (v2 for few "
-                         "labels), -1 the last; the layers up to it learn too"),
+    "finetune_from": Key(
+      0,
+      "layer that feeds finetune's classifier: 0 is the encoder's h, 1 the first layer (v2 for few"
+      " labels), -1 the last; the layers up to it learn too",
+    ),
     "evaluate_from": Key(0, "the same for linear_eval, knn, transfer and embed"),
     "online": Key(True, "train a linear classifier beside it, behind stop_gradient, where the images have labels"),
   },
   "loss": {
-    "kind": Key("nt_xent", "dcl leaves the positive out of the denominator, in sup_con the same label attracts, the others "
-                "are those of v1 table 4", choices=tuple(losses.KINDS)),
+    "kind": Key(
+      "nt_xent",
+      "dcl leaves the positive out of the denominator, in sup_con the same label attracts, the others are"
+      " those of v1 table 4",
+      choices=tuple(losses.KINDS),
+    ),
     "temperature": Key(0.1, "divides the similarities"),
     "normalize": Key(True, "L2-normalise the embeddings"),
     "margin": Key(0.8, "of the two margin losses"),
@@ -133,12 +152,17 @@ _TREE = {
     "decay": Key(0.999, "of the moving average of the weights that embed them"),
   },
   "sharding": {
-    "parameters": Key("replicated", "sharded: parameters and optimizer state are split over the devices",
-                      choices=("replicated", "sharded"), is_free=True),
+    "parameters": Key(
+      "replicated",
+      "sharded: parameters and optimizer state are split over the devices",
+      choices=("replicated", "sharded"),
+      is_free=True,
+    ),
   },
   "log_every_steps": Key(50, "interval of metric rows", is_free=True),
-  "evaluate_every_epochs": Key(10.0, "what pretrain measures beside the loss (see monitor); 0: at the end only",
-                               is_free=True),
+  "evaluate_every_epochs": Key(
+    10.0, "what pretrain measures beside the loss (see monitor); 0: at the end only", is_free=True
+  ),
   "monitor": {
     "knn_images": Key(5000, "training images whose features vote on eval_split; 0: no online kNN", is_free=True),
     "knn_neighbours": Key(20, "all where there are fewer images", is_free=True),
@@ -148,19 +172,25 @@ _TREE = {
   "checkpoint_every_steps": Key(0, "above 0: in place of checkpoint_every_epochs", is_free=True),
   "keep_checkpoints": Key(3, "the number of latest checkpoints that stay", is_free=True),
   "keep_every_epochs": Key(0.0, "checkpoints at multiples of this stay for good; 0: none", is_free=True),
-  "checkpoint": Key("", "what the jobs after pretraining start from: a run, one of its checkpoints, or random",
-                    is_path=True),
+  "checkpoint": Key(
+    "", "what the jobs after pretraining start from: a run, one of its checkpoints, or random", is_path=True
+  ),
   "labels": {
     "fraction": Key(1.0, "share of the images of each class whose labels finetune, linear_eval, distill, knn see"),
     "seed": Key(0, "of the choice"),
-    "ids": Key("", "a file with one image name a line (the reference's imagenet_subsets), in place of a fraction",
-               is_path=True),
+    "ids": Key(
+      "", "a file with one image name a line (the reference's imagenet_subsets), in place of a fraction", is_path=True
+    ),
   },
   "linear_eval": {
     # v1 appendix B.6.
     **_recipe(_optimizer("momentum", 0.1, 0.0, 0.0), 512, 100.0),
-    "protocol": Key("reference", "reference (v1 appendix B.6), features (one pass, then many classifiers) or stored (count "
-                    "with the checkpoint's own)", choices=("reference", "features", "stored")),
+    "protocol": Key(
+      "reference",
+      "reference (v1 appendix B.6), features (one pass, then many classifiers) or stored (count with"
+      " the checkpoint's own)",
+      choices=("reference", "features", "stored"),
+    ),
   },
   "probes": {
     "passes": Key(1, "over the training images for protocol features: one uncropped, the others cropped and flipped"),
@@ -180,9 +210,11 @@ _TREE = {
   },
   "distill": {
     # v2 section 3.3: LARS as in pretraining, 400 epochs, crop and flip.
-    **_recipe(_optimizer("lars", 0.1, 10.0, 1e-4) | {"scaling": Key("sqrt", "as of optimizer", optim.SCALINGS)}, 512, 400.0),
+    **_recipe(_optimizer("lars", 0.1, 10.0, 1e-4, "sqrt"), 512, 400.0),
     "zero_init": Key(False, "the classifier starts at zero where weights are loaded"),
-    "teacher": Key("", "a run of finetune, linear_eval or distill (or of pretrain: its online classifier)", is_path=True),
+    "teacher": Key(
+      "", "a run of finetune, linear_eval or distill (or of pretrain: its online classifier)", is_path=True
+    ),
     "temperature": Key(1.0, "v2: 1.0 from a big network to a small one, 0.1 for self-distillation"),
     "label_weight": Key(0.0, "1 - alpha of v2's equation 3: of the cross-entropy of the images with labels"),
     "images": Key("all", "what the student sees of train_split", choices=("all", "labelled")),
@@ -207,7 +239,7 @@ _TREE = {
     "format": Key("npz", "of the files", choices=("npz", "parquet")),
     "rows_per_file": Key(8192, "images in one file"),
   },
-}  # fmt: skip
+}
 
 
 def _flat_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Key]]:

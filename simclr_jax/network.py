@@ -42,7 +42,7 @@ class Network:
       )
     return layer % (layers + 1)
 
-  def simclr(self, classes: int) -> simclr.SimCLR:
+  def pretraining_model(self, classes: int) -> simclr.SimCLR:
     """Returns the network of pretraining, with an online classifier where there are classes and `head.online`."""
     online = self.linear_head(classes if self._head.online else 0)
     return simclr.SimCLR(self.encoder(), self.projection_head(), online)

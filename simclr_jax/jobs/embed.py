@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   this = experiment.Experiment(config, "embed", workdir)
   # Each process embeds by itself, into files of its own: no array travels between processes.
   mesh = sharding.data_mesh(jax.local_devices())
-  images = this.source(keys.split)
+  images = this.images_of(keys.split)
   if not images.num_examples:
     raise errors.UserError(f"{images.name} has no images; choose another --config.embed.split.")
   frozen = inference.representation(this, mesh)

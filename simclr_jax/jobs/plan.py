@@ -28,8 +28,8 @@ from jax.experimental import topologies
 from simclr_jax import errors, experiment, files
 from simclr_jax.data import composition, inputs
 from simclr_jax.hardware import chips, cost, sharding
-from simclr_jax.training import telemetry
 from simclr_jax.training import state as state_lib
+from simclr_jax.training import telemetry
 from simclr_jax.version import __version__
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -128,7 +128,7 @@ def make(config: ml_collections.ConfigDict, topology: str = "", count: int | Non
   devices_per_chip = (len(devices) / chip_count if topology else chip.devices) if chip else None
   this = experiment.Experiment(config, "plan", devices=devices[:count])
   examples, classes = _split_of(config)
-  model, optimizer = this.network.simclr(classes), this.optimizer(examples)
+  model, optimizer = this.network.pretraining_model(classes), this.optimizer(examples)
   state, batch = this.abstract_state(model, optimizer.tx), batch_of(config, this.mesh)
   begin = time.monotonic()
   # Traced before it is compiled, since a wrong value in the config is found there.

@@ -50,7 +50,7 @@ def run(
   train = this.train
   if config.loss.kind == "sup_con" and not train.num_classes:
     raise errors.UserError("config.loss.kind sup_con attracts images of one label, and these have none; use nt_xent.")
-  model = this.network.simclr(train.num_classes)
+  model = this.network.pretraining_model(train.num_classes)
   optimizer, images = this.optimizer(train.num_examples), this.pairs(train)
   objective = this.contrastive(model, images.prepare)
   if profile_input:

@@ -92,7 +92,9 @@ def _checked(
 ) -> list[tuple[str, ...]]:
   """Returns the labels of the rows and columns asked for, once the command is known to make sense."""
   if study not in definitions.STUDIES:
-    named = f"--study={study} is unknown{errors.nearest(study, definitions.STUDIES)}" if study else "study has no --study"
+    named = (
+      f"--study={study} is unknown{errors.nearest(study, definitions.STUDIES)}" if study else "study has no --study"
+    )
     raise errors.UserError(f"{named}; give --study=NAME, one of {', '.join(definitions.STUDIES)}.")
   known = grid.EVALUATIONS
   if evaluation not in known:

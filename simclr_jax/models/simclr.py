@@ -92,6 +92,19 @@ def trained_part(model: Classifier, params: dict[str, Any]) -> dict[str, Any]:
   return {name: tree for name, tree in parts.items() if tree}
 
 
+def moving_part(model: Classifier, batch_stats: dict[str, Any]) -> dict[str, Any]:
+  """Returns the tree of the moving averages that training changes, without the frozen ones.
+
+  The projection head runs whole: while it learns, the averages of the layers above the classifier's input move too.
+  """
+  frozen = ("projection_head",) if model.frozen_head else ()
+  parts = {name: tree for name, tree in batch_stats.items() if name not in frozen}
+  if "encoder" in parts:
+    stage_of = model.encoder.stage_of
+    parts["encoder"] = {name: tree for name, tree in parts["encoder"].items() if stage_of(name) > model.after_stage}
+  return parts
+
+
 def merged(params: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
   """Returns `params` with the leaves that `part`, a subtree of the same form, has in place of its own."""
   return {

@@ -158,7 +158,7 @@ class Contrastive:
     older = {}
     if state.memory is not None:
       rows = negatives.filled(state.memory, state.step, 2 * batch["label"].shape[0])
-      older = {"memory": state.memory["buffer"], "filled": rows}
+      older = {"queue": state.memory["buffer"], "filled": rows}
     keys = {"temperature": self.temperature, "normalize": self.normalize, "margin": self.margin, "mesh": self.mesh}
     value, metrics = losses.contrast(self.kind, z, batch["label"], **keys, **older)
     return self.scale * value, {**metrics, "loss": value}
