@@ -16,7 +16,7 @@ import optax
 from etils import epath
 
 from simclr_jax import config as config_lib
-from simclr_jax import errors, optim
+from simclr_jax import errors, network, optim
 from simclr_jax.data import inputs, order, source, sources, subset
 from simclr_jax.data.distortion import Distortion
 from simclr_jax.hardware import sharding
