@@ -44,10 +44,11 @@ class Checkpoints:
     preserve = [ocp.training.preservation_policies.LatestN(max(self.keep, 1))]
     if self.keep_every_steps:
       preserve.append(ocp.training.preservation_policies.EveryNSteps(self.keep_every_steps))
-    saving = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE_BYTES)
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE_BYTES
     self._manager = ocp.training.Checkpointer(
       epath.Path(self.workdir) / "checkpoints",
-      context=ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)),
+      context=context,
       # The loop decides when to save: it knows the last step and preemption.
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(preserve),
