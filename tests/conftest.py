@@ -10,7 +10,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{pathlib.Path(__file__).parents[1]}/.pytest_cache/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # LLVM's optimisations take most of the time of a test that compiles; tests of what they do ask for them by a marker.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 import jax
 import numpy as np
@@ -44,12 +44,10 @@ _show_devices()
 def _marked(request):
   """Gives a test the devices and the compiler that its markers `devices(n)` and `optimized` ask for."""
   devices = request.node.get_closest_marker("devices")
-  optimized = request.node.get_closest_marker("optimized") is not None
   VISIBLE["devices"] = devices.args[0] if devices else 1
-  before = jax.config.jax_disable_most_optimizations
-  jax.config.update("jax_disable_most_optimizations", before and not optimized)
+  jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
   yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.config.update("jax_disable_most_optimizations", True)
   VISIBLE["devices"] = 1
 
 
