@@ -135,6 +135,7 @@ def lars_trajectory(arrays, decay, dtype):
     yield paths, flat(params), flat(buffers)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_lars_gives_the_references_parameters_and_buffers_after_every_step(reference, dtype):
   arrays = reference("lars")
