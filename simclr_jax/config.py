@@ -97,7 +97,7 @@ def read(name_or_path: str) -> ml_collections.ConfigDict:
   except Exception as error:
     line = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{line.filename}:{line.lineno}"
-    moved = isinstance(error, ModuleNotFoundError) and error.name == "configs"
+    moved = isinstance(error, ImportError) and (error.name or "").startswith("configs")
     hint = " Since 0.2 the defaults are `from simclr_jax import config; c = config.defaults()`." if moved else ""
     raise errors.UserError(f"config {name} cannot be read: {type(error).__name__}: {error} ({where}).{hint}") from error
   if not isinstance(config, ml_collections.ConfigDict):
