@@ -135,9 +135,11 @@ def test_batches_do_not_depend_on_the_number_of_hosts(make, count):
   assert_same(joined(hosts), alone)
 
 
-@pytest.mark.parametrize("window", [1, 3, 7, 100])
-def test_a_resumed_stream_is_the_uninterrupted_one(make, window):
-  source = make(37)  # parts of 9 and 10 examples, two a step: epochs end inside and between batches
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path, window):
+  # Parts of 9 and 10 examples, two a step: epochs end inside and between batches. Data in memory has no window.
+  source = in_files(37, tmp_path) if window else in_memory(37)
+  window = window or ORDER.shuffle_window
   whole = train(source, steps=16, shuffle_window=window)
   for step in (1, 4, 5, 11):
     assert_same(train(source, steps=16 - step, start_step=step, shuffle_window=window), whole[step:])
@@ -235,10 +237,14 @@ def test_an_evaluation_batch_splits_over_the_hosts():
 
 def test_views_of_real_images_do_not_depend_on_hosts_or_on_a_restart(tfds_dir):
   distortion = Distortion(48)
-  views = lambda content, seed: {
-    "views": host_augment.two_views(content, seed, distortion),
-    "crops": host_augment.two_crops(content, seed, distortion),
-  }
+
+  @tf.function(autograph=False)  # traced once for all of the pipelines
+  def views(content, seed):
+    return {
+      "views": host_augment.two_views(content, seed, distortion),
+      "crops": host_augment.two_crops(content, seed, distortion),
+    }
+
   order = Order(batch_size=8, shards=4, seed=1, shuffle_window=8)
 
   def batches(source, steps, host=0, count=1, start_step=0):
