@@ -57,16 +57,8 @@ def test_a_mistake_in_knn_gets_one_line(tmp_path, capsys, override, said):
   assert err.count("\n") == 1
 
 
-def clusters(examples, dim, classes, dtype, *, spread=1.0):
-  """Returns overlapping classes: features [N, D] and label i32[N]."""
-  rng = np.random.default_rng(0)
-  label = rng.integers(0, classes, examples).astype(np.int32)
-  centre = rng.standard_normal((classes, dim))
-  return (centre[label] + spread * rng.standard_normal((examples, dim))).astype(dtype), label
-
-
 @pytest.mark.parametrize("text", ["", "0.1,", "0.1 0.2", "a,1", "nan", "inf,1", "-0.1", "0"])
-def test_what_is_no_list_of_numbers_is_refused(text):
+def test_text_that_is_not_a_list_of_numbers_is_refused(text):
   with pytest.raises(errors.UserError, match="config.probes.learning_rates") as caught:
     feature_eval.numbers("probes.learning_rates", text)
   assert "\n" not in str(caught.value)
@@ -85,7 +77,7 @@ def evaluate(monkeypatch, tmp_path):
     source = lambda config, split: types.SimpleNamespace(name=split, num_examples=len(table[split][0]), num_classes=4)
     passes = []
     monkeypatch.setattr(representation, "load", lambda config, mesh, *, job: (None, None))
-    # One device: eight virtual ones take ten times as long to agree on each of the many small sums.
+    # One device: eight virtual ones need ten times as long for the many small all-reduces.
     monkeypatch.setattr(setup, "mesh_for", lambda *_: sharding.data_mesh(jax.devices()[:1]))
     monkeypatch.setattr(setup, "source_of", source)
     monkeypatch.setattr(setup, "evaluation_rows", lambda config, source: lambda: (source.name, 0))
@@ -108,8 +100,8 @@ def evaluate(monkeypatch, tmp_path):
   return run
 
 
-def test_copies_of_an_image_do_not_both_train_and_choose_and_in_the_end_all_train(evaluate):
-  # Labels without rhyme or reason can be learnt by heart only.
+def test_the_features_protocol_reads_every_pass_and_writes_its_choices(evaluate):
+  # Random labels can only be learnt by heart, which the held-back images show and the training images do not.
   rng = np.random.default_rng(0)
   data = rng.standard_normal((100, 200)).astype(np.float32), rng.integers(0, 4, 100).astype(np.int32)
   result, passes = evaluate(
@@ -121,15 +113,5 @@ def test_copies_of_an_image_do_not_both_train_and_choose_and_in_the_end_all_trai
   assert passes == [("train", 0), ("train", 1), ("train", 2), ("test", 0)]
   assert max(cell["top1"] for cell in result["validation/top1"] + result["validation/lbfgs_top1"]) < 0.6
   assert result["eval/top1"] == result["eval/lbfgs_top1"] == 1
+  assert (result["learning_rate"], result["weight_decay"], result["l2_strength"]) == (1.0, 0.0, 1e-4)
   assert result["validation/examples"] == 40
-
-
-def test_the_setting_that_is_best_in_validation_counts_whatever_the_test_labels(evaluate):
-  x, y = clusters(400, 8, 4, np.float32)
-  # On these a regression that has learnt nothing but its bias beats a good one.
-  result, _ = evaluate((x[:300], y[:300]), (x[300:], 3 - y[300:]))
-  assert (result["weight_decay"], result["l2_strength"]) == (0.0, 1e-4)
-  assert max(result["eval/top1"], result["eval/lbfgs_top1"]) < 0.1
-  cells = {(cell["learning_rate"], cell["weight_decay"]): cell["top1"] for cell in result["validation/top1"]}
-  assert cells[0.3, 300.0] == cells[1.0, 300.0] == 0  # It diverged.
-  assert cells[result["learning_rate"], 0.0] == max(cells.values()) > 0.8

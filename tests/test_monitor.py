@@ -160,7 +160,7 @@ def test_pair_geometry_measures_the_first_pairs():
   assert found["rank_z"] == pytest.approx(effective_rank(z.reshape(2 * PAIRS, -1)), rel=1e-4)
 
 
-def test_without_known_images_or_online_classifier_their_metrics_are_absent():
+def test_metrics_without_their_images_or_classifier_are_absent():
   accuracies, _ = measures(1, np.float32, known=None)
   online = {"online_top1", "online_top5", "online_loss", "online_examples"}
   assert set(accuracies(variables(np.float32))) == online
