@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes the plans of docs/scale.md again: results/plans/NAME/plan.json, and the table. Two cores take about an hour, half
-# of it for ResNet-152 3x + SK in micro-batches. Needs the TPU compiler: `sh scripts/setup.sh dev` brings it.
+# Recomputes the plans of docs/scale.md: results/plans/NAME/plan.json, and the table. Takes about an hour on two cores,
+# half of it for ResNet-152 3x + SK with micro-batches. Needs the TPU compiler, which `sh scripts/setup.sh dev` installs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 plan() {
   local name=$1
   shift
-  # As they were first made: with views that come ready from the host.
+  # The published table was computed with augmentation on the host.
   .venv/bin/python -m simclr_jax plan "$@" --config.augment.place=host --workdir="results/plans/$name"
 }
 

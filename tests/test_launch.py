@@ -380,7 +380,7 @@ def test_a_worker_runs_a_job_independent_of_the_connection_and_keeps_its_code(wo
   job = ["bash", "-c", 'printf "%s\\n" "$@"; sleep 0.5; exit 2', "job", *NASTY]
   assert worker("start", "--", *job)[0] == 0
   assert worker("result")[1].endswith(" running\n")
-  assert worker("start", "--", *job)[2] == "worker.sh: runs already.\n"
+  assert worker("start", "--", *job)[2] == "worker.sh: the command is running already.\n"
   assert worker("start", "--", "other")[0] == 2
   _, out, _ = worker("follow", "--poll=0.1")
   assert out.splitlines()[: len(NASTY)] == NASTY
