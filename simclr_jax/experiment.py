@@ -232,13 +232,13 @@ class Experiment:
     return objectives.Contrastive(
       model,
       self.decay,
+      prepare,
       kind=keys.kind,
       temperature=keys.temperature,
       normalize=keys.normalize,
       scale=keys.scale,
       margin=keys.margin,
       queue_decay=memory.decay,
-      prepare=prepare,
       mesh=self.mesh,
     )
 
