@@ -38,6 +38,11 @@ printf '%s\n' "$output"
 if [[ $awaited == [0-9]* ]]; then
   if [[ $awaited != 0 ]]; then sleep "$awaited"; fi
 else
-  until grep --quiet --text "$awaited" "$STUB_DIR/calls"; do sleep 0.02; done
+  for ((try = 0; try < 3000; try++)); do
+    if grep --quiet --text "$awaited" "$STUB_DIR/calls"; then exit "$code"; fi
+    sleep 0.02
+  done
+  echo "$awaited was not called within a minute." >&2
+  exit 99
 fi
 exit "$code"
