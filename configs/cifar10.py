@@ -10,12 +10,11 @@ The data comes from TFDS (`--config.data.dir=DIR`), or from an .npz file without
 (`--config.data.source=arrays --config.data.dir=FILE.npz`); either way all images stay on the device.
 """
 
-from configs import base
-from simclr_jax import errors
+from simclr_jax import config, errors
 
 
 def get_config(variant: str = "reference"):
-  c = base.get_config()
+  c = config.defaults()
   c.batch_size = 512
   c.total_epochs = 1000.0
 

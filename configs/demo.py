@@ -7,11 +7,11 @@ and weak colour distortion with much grayscale: a copy of a shape has a colour o
 README.md has the measured accuracies.
 """
 
-from configs import base
+from simclr_jax import config
 
 
 def get_config():
-  c = base.get_config()
+  c = config.defaults()
   c.batch_size = 128
   c.total_epochs = 20.0
 

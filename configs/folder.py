@@ -9,11 +9,11 @@ one of the SimCLR authors (issue 166 of google-research/simclr): square-root sca
 promised: it depends on the images.
 """
 
-from configs import base
+from simclr_jax import config
 
 
 def get_config():
-  c = base.get_config()
+  c = config.defaults()
   c.batch_size = 256
   c.total_epochs = 200.0
   c.data.source = "folder"

@@ -14,12 +14,11 @@ Published figures, not reproduced here; * the authors' own run in google-researc
 Time: 100 epochs took the authors about 1.5 h on 128 TPU v3 cores (v1 section 2.3).
 """
 
-from configs import base
-from simclr_jax import errors
+from simclr_jax import config, errors
 
 
 def get_config(variant: str = "v1"):
-  c = base.get_config()
+  c = config.defaults()
   c.batch_size = 4096
   c.eval_batch_size = 1024
 

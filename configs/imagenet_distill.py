@@ -15,12 +15,11 @@ the result into ResNet-50 with :small.
 (v2 appendix, not verified).
 """
 
-from configs import imagenet
-from simclr_jax import errors
+from simclr_jax import config, errors
 
 
 def get_config(variant: str = "small"):
-  c = imagenet.get_config("v2")
+  c = config.read("imagenet:v2")
   c.distill.batch_size = 4096
   c.distill.optimizer.warmup_epochs = 20.0  # 5 % of 400.
   if variant == "self":

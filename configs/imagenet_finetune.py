@@ -24,8 +24,7 @@ images are those of the reference's lists; a folder of images takes the lists th
 google-research/simclr).
 """
 
-from configs import base, imagenet
-from simclr_jax import errors
+from simclr_jax import config, errors
 
 VARIANTS = ("v1_1pct", "v1_10pct", "v2_1pct", "v2_10pct", "v2_100pct", "supervised", "linear")
 
@@ -35,7 +34,7 @@ def get_config(variant: str = "v2_1pct"):
     known = ", ".join(f":{name}" for name in VARIANTS)
     raise errors.UserError(f"configs/imagenet_finetune.py has no variant {variant!r}; use {known}.")
   kind, _, part = variant.partition("_")
-  c = imagenet.get_config("v1" if kind == "v1" else "v2")
+  c = config.read("imagenet:v1" if kind == "v1" else "imagenet:v2")
   if part in ("1pct", "10pct"):
     c.data.name = f"imagenet2012_subset/{part}"
     c.data.cache = True  # 1.4 and 14 GB.
@@ -44,7 +43,8 @@ def get_config(variant: str = "v2_1pct"):
   if kind == "v2":
     c.head.finetune_from = 0 if part == "100pct" else 1
     recipe.batch_size = 1024
-    recipe.optimizer.update(base.optimizer(name="lars", base_learning_rate=0.005, warmup_epochs=0.0, weight_decay=0.0))
+    recipe.optimizer.name = "lars"
+    recipe.optimizer.base_learning_rate = 0.005
     recipe.optimizer.scaling = "sqrt"
   elif kind == "supervised":
     recipe.optimizer.base_learning_rate = 0.1

@@ -6,11 +6,11 @@
 SimCLR can do (configs/demo.py does). Nothing is measured while pretraining, and one checkpoint is written.
 """
 
-from configs import base
+from simclr_jax import config
 
 
 def get_config():
-  c = base.get_config()
+  c = config.defaults()
   c.batch_size = 64
   c.total_epochs = 12.0
   c.eval_batch_size = 500

@@ -1,13 +1,15 @@
-"""The command line: python -m simclr_jax JOB --config=FILE[:ARG] --config.key=value --workdir=DIR."""
+"""The command line: simclr-jax JOB --config=NAME[:VARIANT] --config.key=value --workdir=DIR."""
 
-import importlib
+import argparse
+import functools
 import importlib.util
-import inspect
 import os
 import pathlib
 import sys
 import textwrap
 import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Before TensorFlow is imported anywhere: its start-up messages are of no use to our users.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -15,267 +17,313 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
-import ml_collections
 
-from simclr_jax import errors
-from simclr_jax.training import checkpoint, telemetry
+import simclr_jax
+from simclr_jax import config as config_lib
+from simclr_jax import errors, jobs, numbers
 
-# The jobs, and the options of each beside those that all have.
-JOBS = {
-  "pretrain": ("profile_steps", "profile_input", "chip", "mfu"),
-  "linear_eval": ("profile_steps",),
-  "finetune": ("profile_steps",),
-  "distill": ("profile_steps",),
-  "knn": (),
-  "transfer": (),
-  "embed": (),
-  "study": ("study", "rows", "columns", "evaluation"),
-  "convert": ("source", "ema", "classifier_layer", "image_size"),
-  "demo": (),
-  "plan": ("topology", "devices", "batch_sizes", "mfu"),
-  "bench": ("only", "sizes", "data_dir", "rounds", "gpu", "small", "batches", "npz", "epochs", "steps"),
-}
-WITHOUT_CONFIG = ("bench", "convert")
-# Options that are on when they are given without a value.
-SWITCHES = ("profile_input", "gpu", "small", "ema")
-# What these compute is of no use to a later run, so that they need no folder of its own.
+# What these compute is of no use to a later run, so they need no folder of their own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
-ROOT = pathlib.Path(__file__).parents[1]
 
 USAGE = """\
-usage: python -m simclr_jax JOB --config=FILE[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR
-
-  --config=FILE[:VARIANT]   an experiment, such as configs/cifar10.py or configs/imagenet.py:v1; jobs that read a
-                            checkpoint use the one that it carries where this is left out
-  --config.KEY=VALUE        overrides one key, such as --config.loss.temperature=0.5; configs/base.py has them all
+  --config=NAME[:VARIANT]   an experiment: a bundled one, such as cifar10 or imagenet:v1 (`simclr-jax configs` lists
+                            them), or a Python file; jobs that read a checkpoint use the config that it carries where
+                            this is left out
+  --config.KEY=VALUE        overrides one key, such as --config.loss.temperature=0.5; `simclr-jax config` lists all keys
   --workdir=DIR             where checkpoints, metrics and results go, local or gs://; the same command continues there
   --coordinator=HOST:PORT --processes=N --process=I
                             one of N processes of a run; on a TPU pod or under Slurm, --processes=auto finds all three
 
 Exit codes: 0 done, 2 a mistake in the input, 143 stopped by SIGTERM with the state saved, 1 a bug."""
 
-# Keys that hold a path; what is typed is relative to the current folder, what a run stores is not.
-PATH_KEYS = ("checkpoint", "data.dir", "labels.ids", "distill.teacher")
 
-FLAGS = ("workdir", "coordinator", "processes", "process")
+class Option(NamedTuple):
+  """An option: its name, its help, its value's text -> value, and what it is worth without one (None: it needs one)."""
+
+  name: str
+  help: str
+  convert: Callable[[str], Any] = str
+  bare: str | None = None
+
+
+def _number(name: str, kind: type, valid: Callable[[Any], bool], wanted: str, text: str) -> Option:
+  return Option(name, text, lambda value: numbers.parsed(f"--{name}", value, kind, valid, wanted))
+
+
+def _switch(name: str, text: str) -> Option:
+  def convert(value):
+    if value not in ("true", "false"):
+      raise errors.UserError(f"--{name}={value}; give --{name} alone, or leave it out.")
+    return value == "true"
+
+  return Option(name, text, convert, bare="true")
+
+
+def _sizes(name: str, least: int, text: str) -> Option:
+  return Option(name, text, lambda value: tuple(numbers.integers(f"--{name}", value, least=least)) if value else ())
+
+
+def _profiled_steps(text: str) -> tuple[int, int] | None:
+  parts = text.split(",") if text else ()
+  if text and (len(parts) != 2 or not all(map(str.isdecimal, parts)) or not 0 < int(parts[0]) <= int(parts[1])):
+    raise errors.UserError(f"--profile_steps={text} is not FIRST,LAST; give two steps, such as 10,15.")
+  return (int(parts[0]), int(parts[1])) if parts else None
+
+
+def _given(text: str) -> str:
+  if not text:
+    raise errors.UserError("option --config needs a value: --config=VALUE.")
+  return text
+
+
+_PROFILE = Option("profile_steps", "FIRST,LAST: steps of a profiler trace", _profiled_steps)
+_MFU = _number(
+  "mfu", float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1", "expected share of the peak"
+)
+_LAYER = "0, 1, ... or -1 for the last one"
+
+# The options of each job beside those that all have.
+OPTIONS: dict[str, tuple[Option, ...]] = {
+  "pretrain": (
+    _PROFILE,
+    _switch("profile_input", "time the input pipeline alone"),
+    Option("chip", "with --profile_input: the chip to be fed, such as v5e"),
+    _MFU,
+  ),
+  **dict.fromkeys(("linear_eval", "finetune", "distill"), (_PROFILE,)),
+  "study": (
+    Option("study", "which grid"),
+    Option("rows", "a part of the grid's rows"),
+    Option("columns", "a part of the grid's columns"),
+    Option("evaluation", "linear, reference or knn"),
+  ),
+  "convert": (
+    Option("source", "checkpoint, hub module or SavedModel of the reference"),
+    _switch("ema", "take the moving averages of the weights"),
+    _number("classifier_layer", int, lambda x: x >= -1, _LAYER, "layer that the classifier reads"),
+    _number("image_size", int, lambda x: x > 0, "pixels", "pixels, for the config"),
+  ),
+  "plan": (
+    Option("topology", "NAME:SHAPE of a TPU, such as v3:8x8"),
+    _number("devices", int, lambda x: x > 0, "a number of devices", "take the first N devices"),
+    _sizes("batch_sizes", 1, "plan for each of them"),
+    _MFU,
+  ),
+  "bench": (
+    Option("only", "sections, with commas between", lambda text: tuple(text.split(",")) if text else ()),
+    _sizes("sizes", 2, "batch sizes of the loss"),
+    Option("data_dir", "TFDS folder with imagenet2012"),
+    _number("rounds", int, lambda x: 1 <= x < 1e9, "a number from 1, such as 5", "of the medians"),
+    _switch("gpu", "the sections for one accelerator"),
+    _switch("small", "try the --gpu sections on a tiny network"),
+    _sizes("batches", 2, "batch sizes of ResNet-50"),
+    Option("npz", "CIFAR-10 in one file"),
+    _number("epochs", float, lambda x: 0 <= x < 1e9, "a number from 0, such as 200", "of CIFAR-10"),
+    _number("steps", int, lambda x: 0 <= x < 1e9, "a number from 0, such as 100", "of CIFAR-10"),
+  ),
+}
+SHARED = (
+  Option("config", argparse.SUPPRESS, _given),
+  *(Option(name, argparse.SUPPRESS) for name in ("workdir", "coordinator", "processes", "process")),
+)
+# Commands that run no job, and their help.
+OTHERS = {
+  "configs": "lists the bundled experiments",
+  "config": "prints a config, resolved: each key's value and meaning, with a star where it differs from the defaults",
+}
+
+
+class _Store(argparse.Action):
+  """Stores an option's value, converted; a mistake in it is a UserError rather than argparse's own exit."""
+
+  def __init__(self, option_strings, dest, option, **keys):
+    super().__init__(option_strings, dest, nargs="?", **keys)
+    self._option = option
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    values = self._option.bare if values is None else values
+    if values is None:
+      raise errors.UserError(f"option {option_string} needs a value: {option_string}=VALUE.")
+    setattr(namespace, self.dest, self._option.convert(values))
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> None:
+    raise errors.UserError(f"{message}; see --help.")
 
 
 def main(argv: list[str]) -> int:
   """Runs the command `argv` (without the program's name) and returns the exit code."""
   try:
-    if not argv or argv[0] in ("--help", "-h", "help"):
-      print(f"{_overview()}\n\n{USAGE}")
-      return 0
-    name = argv[0]
-    if name not in JOBS:
-      raise errors.UserError(f"unknown job {name!r}{errors.nearest(name, JOBS)}; the jobs are {', '.join(JOBS)}.")
-    if "--help" in argv or "-h" in argv:
-      print(f"{_doc(name)}\n\n{USAGE}")
-      return 0
-    flags, config_file, overrides = parse(argv[1:], JOBS[name])
-    if "topology" in flags or "gpu" in flags:
-      # The devices are described ones, or those of processes of their own: this one leaves them alone.
-      jax.config.update("jax_platforms", "cpu")
-    # First of all: to read a checkpoint's config is to use the devices.
-    _join(flags)
-    inputs = []
-    if name in WITHOUT_CONFIG:
-      if config_file or overrides:
-        raise errors.UserError(f"{name} takes no --config; see --help.")
-    else:
-      config = load_config(config_file, overrides)
-      if "float64" in (config.model.dtype, config.model.param_dtype):
-        jax.config.update("jax_enable_x64", True)
-      inputs = [config]
-    workdir = flags.get("workdir") or DEFAULT_WORKDIR.get(name, "")
-    if not workdir and "profile_input" not in flags:
-      raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
-    telemetry.set_up_logging()
-    # Imported late: it brings TensorFlow, and --help should answer at once.
-    job = importlib.import_module(f"simclr_jax.jobs.{name}")
-    options = {option: flags[option] for option in JOBS[name] if option in flags}
-    job.run(*inputs, errors.absolute(workdir), **options)
-    return 0
+    return _run(argv)
   except errors.UserError as error:
     print(f"simclr_jax: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     return 130
   except BrokenPipeError:
-    # Who reads has had enough, as `--help | head`; Python would complain once more when it flushes.
+    # The reader has closed the pipe, as `--help | head` does; Python would complain once more when it flushes.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except Exception:
     traceback.print_exc()
-    print("simclr_jax: this is a bug of ours; please report the lines above with your command.", file=sys.stderr)
+    print(
+      f"simclr_jax {simclr_jax.__version__}: this is a bug of ours; please report the lines above with your command.",
+      file=sys.stderr,
+    )
     return 1
 
 
-def parse(args: list[str], options: tuple[str, ...] = ()) -> tuple[dict[str, str], str, dict[str, str]]:
-  """Returns (flags, config file with variant or "", overrides by dotted key) of a job's arguments.
+def entry() -> None:
+  """The console script."""
+  sys.exit(main(sys.argv[1:]))
+
+
+def _run(argv: list[str]) -> int:
+  if not argv or argv[0] in ("--help", "-h", "help"):
+    print(_parser().format_help())
+    return 0
+  name = argv[0]
+  if name == "--version":
+    print(simclr_jax.__version__)
+    return 0
+  known = (*jobs.JOBS, *OTHERS)
+  if name not in known:
+    raise errors.UserError(f"unknown job {name!r}{errors.nearest(name, known)}; the jobs are {', '.join(jobs.JOBS)}.")
+  if "--help" in argv or "-h" in argv:
+    print(_parser_of(name).format_help())
+    return 0
+  options, overrides = parse(name, argv[1:])
+  if name == "configs":
+    print("\n".join(f"{stem:<20}{config_lib.summary(path)}" for stem, path in config_lib.bundled().items()))
+    return 0
+  if name == "config":
+    print(config_lib.described(_config(options, overrides) if options or overrides else config_lib.defaults()))
+    return 0
+  return _run_job(name, options, overrides)
+
+
+def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> int:
+  shared = {option.name: options.pop(option.name) for option in SHARED if option.name in options}
+  if "topology" in options or "gpu" in options:
+    # The devices are described ones, or those of processes of their own: this process leaves them alone.
+    jax.config.update("jax_platforms", "cpu")
+  # Before a checkpoint's config is read, because that uses the devices.
+  _join(shared)
+  config = None
+  if name in jobs.WITHOUT_CONFIG:
+    if "config" in shared or overrides:
+      raise errors.UserError(f"{name} takes no --config; see --help.")
+  else:
+    config = _config(shared, overrides)
+  workdir = shared.get("workdir") or DEFAULT_WORKDIR.get(name, "")
+  if not workdir and "profile_input" not in options:
+    raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
+  simclr_jax.run(name, config, workdir, **options)
+  return 0
+
+
+def _config(options: dict[str, Any], overrides: dict[str, str]) -> Any:
+  return config_lib.load(options.get("config", ""), overrides)
+
+
+def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+  """Returns (the options of a command that are given, by name; overrides of the config by dotted key).
 
   Args:
-    args: what follows the job's name.
-    options: the job's own options, beside FLAGS.
+    name: of the command.
+    args: what follows it.
 
   Raises:
-    UserError: an argument is not of the form that USAGE shows.
+    UserError: an argument is not of the form that the help shows.
   """
-  known = (*FLAGS, *options)
-  flags, config_file, overrides = {}, "", {}
+  overrides, rest = {}, []
   for arg in args:
-    name, has_value, value = arg.removeprefix("--").partition("=")
+    option, has_value, value = arg.partition("=")
+    if option.startswith("--config."):
+      # A bare --config.flag turns a flag on.
+      overrides[option.removeprefix("--config.")] = value if has_value else "true"
+    else:
+      rest.append(arg)
+  options, unknown = _parser_of(name).parse_known_args(rest)
+  for arg in unknown:
+    option = arg.removeprefix("--").partition("=")[0]
     if not arg.startswith("--"):
       raise errors.UserError(f"unexpected argument {arg!r}; options look like --name=value.")
-    if name == "config":
-      config_file = value
-    elif name.startswith("config."):
-      # A bare --config.flag turns a flag on.
-      overrides[name.removeprefix("config.")] = value if has_value else "true"
-    elif name in known:
-      flags[name] = value if has_value or name not in SWITCHES else "true"
-    else:
-      raise errors.UserError(f"unknown option --{name}{errors.nearest(name, known)}; see --help.")
-    bare = name.startswith("config.") or name in SWITCHES
-    if not has_value and not bare or name == "config" and not value:
-      raise errors.UserError(f"option --{name} needs a value: --{name}=VALUE.")
-  return flags, config_file, overrides
+    known = [known.name for known in (*SHARED, *OPTIONS.get(name, ()))]
+    raise errors.UserError(f"unknown option --{option}{errors.nearest(option, known)}; see --help.")
+  return vars(options), overrides
 
 
-def load_config(config_file: str, overrides: dict[str, str]) -> ml_collections.ConfigDict:
-  """Returns the locked config of a file, or of the checkpoint that `overrides` names, with the overrides applied.
-
-  Raises:
-    UserError: the file cannot be read, or an override does not fit a key.
-  """
-  if config_file:
-    config = _read_config(config_file)
-  elif source := _run_of(overrides):
-    config = _with_new_keys(checkpoint.read_config(source))
-  else:
-    known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
-    raise errors.UserError(f"no --config; give an experiment, such as one of {known}.")
-  config.lock()
-  for key, text in overrides.items():
-    _override(config, key, text)
-  for key in PATH_KEYS:
-    section, _, leaf = key.rpartition(".")
-    holder = config[section] if section else config
-    if holder[leaf] not in ("", "random"):
-      holder[leaf] = errors.absolute(holder[leaf])
-  return config
+def _parser() -> argparse.ArgumentParser:
+  """Returns the parser of all commands; each has a subparser."""
+  parser = _Parser(
+    prog="simclr-jax",
+    description="SimCLR in JAX.",
+    epilog=f"options of all jobs:\n{USAGE}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    usage="simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
+    add_help=False,
+  )
+  commands = parser.add_subparsers(title="jobs", metavar="", parser_class=_Parser)
+  for name in jobs.JOBS:
+    _add(commands, name, _doc(name).splitlines()[0].partition(": ")[2])
+  for name, text in OTHERS.items():
+    _add(commands, name, text)
+  return parser
 
 
-def _run_of(overrides: dict[str, str]) -> str:
-  """Returns the run whose config serves where none is given: the checkpoint's, else the teacher's, or ""."""
-  named = (overrides.get(key, "") for key in ("checkpoint", "distill.teacher"))
-  return next((errors.absolute(path) for path in named if path not in ("", "random")), "")
+@functools.cache
+def _parser_of(name: str) -> argparse.ArgumentParser:
+  doc = f"{name}: {OTHERS[name]}." if name in OTHERS else _doc(name)
+  parser = _Parser(
+    prog=f"simclr-jax {name}",
+    description=doc,
+    epilog=f"options of all jobs:\n{USAGE}",
+    usage=f"simclr-jax {name} --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    add_help=False,
+    allow_abbrev=False,
+    argument_default=argparse.SUPPRESS,
+  )
+  _add_options(parser, name)
+  return parser
 
 
-def _with_new_keys(saved: dict) -> ml_collections.ConfigDict:
-  """Returns a checkpoint's config, completed with the defaults of keys that are younger than it."""
-  config = _read_config(str(ROOT / "configs" / "base.py"))
-  # Where it augmented was no choice then.
-  config.augment.place = "host"
-  config.update(saved)
-  return config
+def _add(commands: Any, name: str, text: str) -> None:
+  _add_options(commands.add_parser(name, help=text, add_help=False, allow_abbrev=False), name)
 
 
-def _read_config(config_file: str) -> ml_collections.ConfigDict:
-  name, _, variant = config_file.partition(":")
-  path = pathlib.Path(name)
-  if not path.is_file():
-    folder = path.parent if path.parent.is_dir() else ROOT / "configs"
-    known = sorted(p.name for p in folder.glob("*.py"))
-    raise errors.UserError(f"config {name} does not exist{errors.nearest(path.name, known)}; {folder} has {known}.")
-  # So that an experiment finds `configs.base` from any working directory.
-  sys.path.insert(0, str(ROOT))
-  spec = importlib.util.spec_from_file_location("experiment", path)
-  if spec is None:
-    raise errors.UserError(f"config {name} is not a Python file; see configs/cifar10.py for the form.")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    takes_variant = bool(inspect.signature(module.get_config).parameters)
-    if variant and not takes_variant:
-      raise errors.UserError(f"config {name} has no variants, got {variant!r}; leave the colon out.")
-    config = module.get_config(variant) if variant else module.get_config()
-  except errors.UserError:
-    raise
-  except Exception as error:
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{line.filename}:{line.lineno}"
-    raise errors.UserError(f"config {name} cannot be read: {type(error).__name__}: {error} ({where}).") from error
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise errors.UserError(f"config {name}: get_config() gave a {type(config).__name__}, wanted a ConfigDict.")
-  return config
+def _add_options(parser: argparse.ArgumentParser, name: str) -> None:
+  group = parser.add_argument_group("options of this job")
+  for option in (*OPTIONS.get(name, ()), *SHARED):
+    group.add_argument(f"--{option.name}", action=_Store, option=option, help=option.help, metavar="VALUE")
 
 
-def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-  known = checkpoint.flat(config.to_dict())
-  if key not in known:
-    sections = {name.rpartition(".")[0] for name in known} - {""}
-    if key in sections:
-      raise errors.UserError(f"config.{key} is a section; set one of its keys, such as config.{_first(known, key)}.")
-    raise errors.UserError(f"unknown config key {key!r}{_nearest_key(key, known)}; configs/base.py has all keys.")
-  section, _, leaf = key.rpartition(".")
-  holder = config
-  for name in section.split(".") if section else ():
-    holder = holder[name]
-  holder[leaf] = _converted(key, known[key], text)
-
-
-def _nearest_key(key: str, known: dict) -> str:
-  # Somebody who leaves the section out means the key of that name.
-  same_leaf = [f'"{name}"' for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-  return f"; did you mean {' or '.join(same_leaf)}?" if same_leaf else errors.nearest(key, known)
-
-
-def _first(known: dict, section: str) -> str:
-  return next(name for name in known if name.startswith(section + "."))
-
-
-def _converted(key: str, value, text: str):
-  """Returns `text` as a value of the type of `value`."""
-  kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-  try:
-    if isinstance(value, bool):
-      return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    return type(value)(text)
-  except (KeyError, ValueError):
-    kind = kinds.get(type(value), type(value).__name__)
-    raise errors.UserError(f"config.{key} is {kind} (now {value!r}), got {text!r}.") from None
-
-
-def _join(flags: dict[str, str]) -> None:
+def _join(options: dict[str, str]) -> None:
   """Makes this process one of a run's several."""
-  given = [name for name in ("coordinator", "processes", "process") if name in flags]
+  given = [name for name in ("coordinator", "processes", "process") if name in options]
   if not given:
     return
-  if flags.get("processes") == "auto":
+  if options.get("processes") == "auto":
     jax.distributed.initialize()
     return
-  if len(given) < 3 or not (flags["processes"].isdigit() and flags["process"].isdigit()):
+  if len(given) < 3 or not (options["processes"].isdigit() and options["process"].isdigit()):
     raise errors.UserError(
       f"got only {', '.join('--' + name for name in given)}; a run of several processes needs "
       "--coordinator=HOST:PORT --processes=N --process=I with numbers, or --processes=auto."
     )
-  count, index = int(flags["processes"]), int(flags["process"])
+  count, index = int(options["processes"]), int(options["process"])
   if index >= count:
     raise errors.UserError(f"--process={index} is not below --processes={count}; count from 0.")
-  jax.distributed.initialize(flags["coordinator"], count, index)
+  jax.distributed.initialize(options["coordinator"], count, index)
 
 
 def _doc(name: str) -> str:
+  """Returns a job's docstring; it is not imported, so that help answers at once."""
   spec = importlib.util.find_spec(f"simclr_jax.jobs.{name}")
-  source = pathlib.Path(spec.origin).read_text()
-  return textwrap.dedent(source.split('"""')[1]).strip()
-
-
-def _overview() -> str:
-  lines = [f"  {name:<12}{_doc(name).splitlines()[0].partition(': ')[2]}" for name in JOBS]
-  return "simclr_jax: SimCLR in JAX.\n\njobs:\n" + "\n".join(lines)
+  return textwrap.dedent(pathlib.Path(spec.origin).read_text().split('"""')[1]).strip()
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  entry()

@@ -1,44 +1,39 @@
-"""An encoder from a checkpoint as a plain function, for notebooks and products."""
+"""Networks of checkpoints in inference mode: the encoder for notebooks, the representation and classifier of jobs."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import errors
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment, network
+from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
-from simclr_jax.models import resnet
+from simclr_jax.models import encoders, simclr
 from simclr_jax.training import checkpoint
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
+from simclr_jax.training import state as state_lib
 
 # Images that go through the network together; the last batch is padded, so one compilation serves any N.
 BATCH = 128
 
-
-def encoder_of(keys: Mapping[str, Any]) -> resnet.ResNet:
-  """Returns the encoder that the `model` section of a config describes."""
-  dtypes = {name: DTYPES[keys[name]] for name in ("dtype", "param_dtype")}
-  return resnet.ResNet(**{**keys, **dtypes})
+Variables = dict[str, Any]
 
 
-def load_encoder(path: str):
+def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_collections.ConfigDict]:
   """Returns (encode, config) of the checkpoint at `path`; see `simclr_jax.load_encoder`."""
-  config = ml_collections.ConfigDict(checkpoint.read_config(path))
-  model = encoder_of(config.model)
-  size = config.data.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  placement = sharding.replicated(sharding.data_mesh(jax.local_devices()[:1]))
-  tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-  tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
-  params, batch_stats = checkpoint.load_model(path, {"encoder": tree["params"]}, {"encoder": tree["batch_stats"]})
+  saved = checkpoint.open(path)
+  config = config_lib.completed(saved.config)
+  model = encoders.build(config.model)
+  mesh = sharding.data_mesh(jax.local_devices()[:1])
+  params, batch_stats = state_lib.abstract_variables(model, config.data.image_size, mesh)
+  params, batch_stats = saved.load({"encoder": params}, {"encoder": batch_stats})
   variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
   apply = jax.jit(lambda x: model.apply(variables, x, train=False).astype(jnp.float32))
 
-  def encode(images) -> np.ndarray:
+  def encode(images: np.ndarray) -> np.ndarray:
     """Returns f32[N, D] of images u8 or f32 in [0, 1] [N, H, W, 3]."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3:
@@ -54,3 +49,80 @@ def load_encoder(path: str):
     return np.concatenate([np.zeros((0, dim), np.float32), *parts])
 
   return encode, config
+
+
+class Representation(NamedTuple):
+  """A frozen network, as far as a layer of the projection head.
+
+  Attributes:
+    encode: (variables, images f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, D].
+    variables: its own.
+    layer: whose output it gives; 0 is the encoder's h.
+  """
+
+  encode: Callable[[Variables, jax.Array], jax.Array]
+  variables: Variables
+  layer: int
+
+
+def representation(run: experiment.Experiment, mesh: jax.sharding.Mesh | None = None) -> Representation:
+  """Returns what `config.checkpoint` (or `random`) and `config.head.evaluate_from` name.
+
+  Args:
+    run: the job's.
+    mesh: where the variables go; the run's by default.
+  """
+  config, mesh = run.config, mesh or run.mesh
+  if not config.checkpoint:
+    raise errors.UserError(
+      f"{run.job} has no encoder; give --config.checkpoint=RUN, the workdir of a pretraining run (or `random`)."
+    )
+  layer = run.network.layer("evaluate_from")
+  saved = run.saved(head=bool(layer)) if run.is_pretrained else None
+  model = simclr.Representation(run.network.encoder(), run.network.projection_head() if layer else None, layer)
+  size = config.data.image_size
+  if saved:
+    params, batch_stats = saved.load(*state_lib.abstract_variables(model, size, mesh, sharded=run.is_sharded))
+  else:
+    params, batch_stats = state_lib.variables(model, size, config.seed, mesh, sharded=run.is_sharded)
+  gather_params = sharding.gather_params(mesh) if run.is_sharded else lambda params: params
+
+  def encode(variables, images):
+    return model.apply({**variables, "params": gather_params(variables["params"])}, images, train=False)
+
+  return Representation(encode, {"params": params, "batch_stats": batch_stats}, layer)
+
+
+def of_split(frozen: Representation, run: experiment.Experiment, images: Any) -> features.Features:
+  """Returns the features of a whole split in order, by the evaluation's crop, on every process."""
+  return features.of_split(frozen.encode, frozen.variables, run.rows(images)(), run.mesh)
+
+
+class Classifier(NamedTuple):
+  """A network with a classifier, replicated, in inference mode.
+
+  Attributes:
+    logits_of: (variables, images f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, K].
+    variables: its own.
+    classes: K.
+    config: of the run that trained it.
+  """
+
+  logits_of: Callable[[Variables, jax.Array], jax.Array]
+  variables: Variables
+  classes: int
+  config: ml_collections.ConfigDict
+
+
+def classifier(path: str, mesh: jax.sharding.Mesh) -> Classifier:
+  """Returns the network of a checkpoint that has a classifier, which reads the layer that it was trained on."""
+  saved = checkpoint.open(path)
+  config = config_lib.completed(saved.config)
+  parts = network.Network(config)
+  layer = saved.classifier_layer
+  head = parts.projection_head() if layer else None
+  model = simclr.Classifier(parts.encoder(), parts.linear_head(saved.classes), head, layer)
+  params, batch_stats = state_lib.abstract_variables(model, config.data.image_size, mesh)
+  params, batch_stats = saved.load(params, batch_stats)
+  logits_of = lambda variables, images: model.apply(variables, images, train=False)
+  return Classifier(logits_of, {"params": params, "batch_stats": batch_stats}, saved.classes, config)

@@ -10,23 +10,29 @@ import optax
 
 from simclr_jax import errors
 
-OPTIMIZERS = ("lars", "momentum", "adam")
-SCALINGS = ("linear", "sqrt")
+OPTIMIZERS: tuple[str, ...] = ("lars", "momentum", "adam")
+SCALINGS: tuple[str, ...] = ("linear", "sqrt")
 
 Schedule = Callable[[Any], jax.Array]
 
 
 def total_steps(examples: int, epochs: float, batch_size: int) -> int:
-  """Returns the optimizer steps of a run: the whole batches that fit, and one more as in the reference.
+  """Returns the number of optimizer steps of a run: that of whole batches, plus one as in the reference.
 
-  The batch size counts images, not views.
+  Args:
+    examples: images in the training split.
+    epochs: passes over it.
+    batch_size: images, not views.
+
+  Raises:
+    UserError: an argument is out of range.
   """
   _check_counts(examples, epochs, batch_size)
   return int(examples * epochs // batch_size) + 1
 
 
 def warmup_steps(examples: int, warmup_epochs: float, batch_size: int) -> int:
-  """Returns the steps of linear warm-up, rounded down."""
+  """Returns the number of steps of linear warm-up, rounded down; arguments as for `total_steps`."""
   _check_counts(examples, warmup_epochs, batch_size)
   return int(warmup_epochs * examples // batch_size)
 
@@ -37,19 +43,24 @@ def schedule(
   """Returns step -> learning rate: linear warm-up from zero, then half a cosine to zero, without restarts.
 
   Appendix B.1 of Chen et al. 2020. The peak is base * batch_size / 256 (`linear`) or
-  base * sqrt(batch_size) (`sqrt`); the first step's rate is 0. The step may be an int, an array or traced.
+  base * sqrt(batch_size) (`sqrt`); the rate of the first step (step 0) is 0. The step may be an int, an array or
+  traced.
+
+  Raises:
+    UserError: the scaling is not one of `SCALINGS`.
   """
   if scaling not in SCALINGS:
     raise errors.UserError(
       f'learning-rate scaling "{scaling}" is unknown; use linear or sqrt{errors.nearest(scaling, SCALINGS)}'
     )
   peak = base_learning_rate * (batch_size / 256 if scaling == "linear" else math.sqrt(batch_size))
-  # A run may be stopped inside its warm-up (a few steps to try a config).
+  # A short trial run may end before its warm-up does.
   decay_steps = max(total_steps - warmup_steps, 1)
 
   def learning_rate(step):
     step = jnp.asarray(step)
-    # In float32 (1 + cos) / 2 has no digits left near the end; the sine of what remains keeps them.
+    # (1 + cos) / 2 cancels near the end and has no correct digits in float32; the squared sine of the remaining part is
+    # the same function without cancellation.
     remaining = jnp.clip(total_steps - step, 0, decay_steps) / jnp.asarray(decay_steps, float)
     cosine = jnp.square(jnp.sin(math.pi / 2 * remaining))
     return peak * jnp.where(step < warmup_steps, step / jnp.asarray(max(warmup_steps, 1), float), cosine)
@@ -67,6 +78,12 @@ def lars(
   """Returns LARS (You et al. 2017) with the reference's exclusions, see `lars_mask`.
 
   The learning rate is inside the momentum buffer.
+
+  Args:
+    learning_rate: a number or a schedule.
+    weight_decay: factor of the weights in the gradient of the leaves under the mask.
+    momentum: decay of the buffer.
+    trust_coefficient: factor of the trust ratio, eta in the paper.
   """
   # Both masks are needed: optax adapts every leaf by default.
   return optax.lars(
@@ -81,9 +98,9 @@ def lars(
 
 
 def momentum(learning_rate: float | Schedule, *, momentum: float = 0.9) -> optax.GradientTransformation:
-  """Returns Nesterov momentum with the learning rate inside the buffer, which `optax.sgd` has outside.
+  """Returns Nesterov momentum with the learning rate inside the buffer; `optax.sgd` has it outside.
 
-  v = m v - lr g; w = w + m v - lr g, as TensorFlow 2.
+  v = m v - lr g; w = w + m v - lr g, the form of TensorFlow 2.
   """
   return optax.chain(optax.scale_by_learning_rate(learning_rate), optax.trace(decay=momentum, nesterov=True))
 
@@ -91,7 +108,7 @@ def momentum(learning_rate: float | Schedule, *, momentum: float = 0.9) -> optax
 def adam(
   learning_rate: float | Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-7
 ) -> optax.GradientTransformation:
-  """Returns Adam as TensorFlow has it: epsilon is added before the bias correction, not after it.
+  """Returns Adam in TensorFlow's form, which adds epsilon before the bias correction.
 
   w = w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps). Kingma and Ba 2015, end of section 2.
   """
@@ -105,7 +122,7 @@ def adam(
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    # expm1, because 1 - b2^t has lost half its digits in float32 when t is small.
+    # expm1, because 1 - b2^t loses half its digits in float32 when t is small.
     correction = jnp.sqrt(-jnp.expm1(count * math.log(b2))) / -jnp.expm1(count * math.log(b1))
     updates = jax.tree.map(lambda m, v: (correction * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
@@ -114,10 +131,18 @@ def adam(
 
 
 def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> jax.Array:
-  """Returns the L2 term that the reference adds to the loss: weight_decay / 2 times a sum of squares.
+  """Returns the L2 term that the reference adds to the loss: weight_decay / 2 times a sum of squared weights.
 
-  With LARS, which decays the other weights itself, the sum is over the kernels of the supervised
-  head; with the other optimizers over everything but batch normalisation, dense biases included.
+  With LARS, which decays the other weights itself, the sum is over the kernels of the supervised head; with the
+  other optimizers it is over all weights except those of normalisation layers, biases of dense layers included.
+
+  Args:
+    params: a tree; leaves are chosen by name.
+    weight_decay: factor.
+    optimizer: one of `OPTIMIZERS`.
+
+  Raises:
+    UserError: the optimizer is unknown.
   """
   if optimizer not in OPTIMIZERS:
     hint = errors.nearest(optimizer, OPTIMIZERS)
@@ -126,7 +151,7 @@ def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> ja
   chosen = (
     [_in_linear_head(name) and name[-1] == "kernel" for name in names]
     if optimizer == "lars"
-    else [not normalization for normalization in _in_batch_norm(names)]
+    else [not normalization for normalization in _in_normalization(names)]
   )
   leaves = [leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True) if use]
   squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in leaves]
@@ -134,14 +159,17 @@ def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> ja
 
 
 def lars_mask(params: Any) -> Any:
-  """Returns a tree of bools: True where LARS decays and adapts: no scale, no bias, no supervised head."""
+  """Returns a tree of bools, True for the leaves that LARS decays and adapts.
+
+  These are all except `scale`, `bias` and everything under a module whose name contains `linear_head`.
+  """
   adapted = [name[-1] not in ("scale", "bias") and not _in_linear_head(name) for name in leaf_names(params)]
   return jax.tree.unflatten(jax.tree.structure(params), adapted)
 
 
-def batch_norm_mask(params: Any) -> Any:
-  """Returns a tree of bools: True on batch normalisation's leaves, a `scale` or the `bias` next to one."""
-  return jax.tree.unflatten(jax.tree.structure(params), _in_batch_norm(leaf_names(params)))
+def normalization_mask(params: Any) -> Any:
+  """Returns a tree of bools, True for the leaves of batch and layer norms: a `scale`, or a `bias` beside one."""
+  return jax.tree.unflatten(jax.tree.structure(params), _in_normalization(leaf_names(params)))
 
 
 def leaf_names(params: Any) -> list[tuple[str, ...]]:
@@ -156,7 +184,7 @@ def _in_linear_head(name: tuple[str, ...]) -> bool:
   return any("linear_head" in module for module in name[:-1])
 
 
-def _in_batch_norm(names: list[tuple[str, ...]]) -> list[bool]:
+def _in_normalization(names: list[tuple[str, ...]]) -> list[bool]:
   scaled = {name[:-1] for name in names if name[-1] == "scale"}
   return [name[-1] in ("scale", "bias") and name[:-1] in scaled for name in names]
 

@@ -1,13 +1,16 @@
-"""Eight virtual CPU devices for every test, fixtures from the reference, and the real data if it is there."""
+"""One virtual CPU device and quick compilation for every test that asks for nothing else; fixtures; the real data."""
 
 import os
 import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# Many tests compile the same small networks, in many processes; the folder is the test runner's and not in git.
+# Many tests compile the same small networks, in many processes. The folder is git-ignored; child processes and later
+# runs of the suite find it too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{pathlib.Path(__file__).parents[1]}/.pytest_cache/compiled")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# LLVM's optimisations take most of the time of a test that compiles; tests of what they do ask for them by a marker.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 import jax
 import numpy as np
@@ -17,8 +20,35 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from runs import finetuned, linear, pretrained, shared_folder  # noqa: E402, F401  (fixtures)
+
 FIXTURES = pathlib.Path(__file__).parent / "reference"
 REAL_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+# A process has eight virtual devices, of which the code under test sees this many.
+VISIBLE = {"devices": 1}
+
+
+def _show_devices() -> None:
+  """Makes `jax.devices` and its like tell of the visible devices alone."""
+  for name in ("devices", "local_devices"):
+    everything = getattr(jax, name)
+    setattr(jax, name, lambda *a, everything=everything, **k: everything(*a, **k)[: VISIBLE["devices"]])
+  jax.device_count = jax.local_device_count = lambda *a, **k: len(jax.devices())
+
+
+_show_devices()
+
+
+@pytest.fixture(autouse=True)
+def _marked(request):
+  """Gives a test the devices and the compiler that its markers `devices(n)` and `optimized` ask for."""
+  devices = request.node.get_closest_marker("devices")
+  VISIBLE["devices"] = devices.args[0] if devices else 1
+  jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+  VISIBLE["devices"] = 1
 
 
 @pytest.fixture

@@ -7,22 +7,27 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from simclr_jax import __main__ as command
+from simclr_jax import config as config_lib
 from simclr_jax import optim
+from simclr_jax.keys import KEYS
 from simclr_jax.models import resnet
-from simclr_jax.training import checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PACKAGE = pathlib.Path(command.__file__).parent
+PACKAGE = pathlib.Path(config_lib.__file__).parent
 
 
 def config(name):
-  return command.load_config(str(CONFIGS / name.partition(":")[0]) + name[len(name.partition(":")[0]) :], {})
+  return config_lib.load(f"{CONFIGS}/{name}")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
-def test_every_experiment_has_the_keys_of_the_base(path):
-  assert checkpoint.flat(config(path.name).to_dict()).keys() == checkpoint.flat(config("base.py").to_dict()).keys()
+def test_every_experiment_has_the_keys_of_the_defaults(path):
+  assert config_lib.flat(config(path.name).to_dict()).keys() == KEYS.keys()
+
+
+def test_every_key_has_a_meaning_and_its_default_is_allowed():
+  assert all(key.meaning for key in KEYS.values())
+  config_lib.check(config_lib.defaults())
 
 
 @pytest.mark.parametrize(
@@ -87,39 +92,23 @@ def test_the_fine_tunings_take_the_published_steps(variant, examples, steps, rat
   assert (recipe.optimizer.warmup_epochs, recipe.zero_init, keys.head.finetune_from) == (0.0, True, layer)
 
 
-def test_every_key_is_read_by_a_job():
-  files = [*(PACKAGE / "jobs").glob("*.py"), PACKAGE / "inference.py"]
-  unread = [key for key in checkpoint.flat(config("base.py").to_dict()) if not any(reads(file, key) for file in files)]
-  assert not unread
-  # This section is handed on whole.
-  assert inspect.signature(resnet.ResNet).parameters.keys() >= config("base.py").model.to_dict().keys()
+READERS = ("experiment.py", "network.py", "classifier.py", "models/encoders.py", "jobs/*.py")
 
 
-def reads(file, key):
-  """Whether the file has `config.section.leaf`, the same through a name for the section, or the leaf as a string."""
-  text = file.read_text()
-  *sections, leaf = key.split(".")
-  if sections[:1] == ["model"]:
-    return file.name == "inference.py"
-  if sections[-1:] == ["optimizer"] and len(sections) > 1:
-    return file.name == "classifier.py" and "recipe.optimizer" in text
-  holder = ".".join(["config", *sections])
-  names = [re.escape(holder), *re.findall(rf"(?m)^ *(\w+) = {re.escape(holder)}$", text)]
-  names += re.findall(rf"(?m)^ *(\w+), \w+ = {re.escape(holder)}[,.]", text)
-  # What functions call the section that they are given.
-  names += {"optimizer": ["keys"]}.get(key.partition(".")[0], []) if file.name == "setup.py" else []
-  names += ["recipe"] if file.name == "classifier.py" and sections[:1] in RECIPES else []
-  if re.search(rf"\b(?:{'|'.join(names)})\.{leaf}\b", text):
-    return True
-  return sections[:1] == ["head"] and f'"{leaf}"' in text
-
-
-RECIPES = (["linear_eval"], ["finetune"], ["distill"])
+def test_every_key_is_read():
+  text = "\n".join(path.read_text() for pattern in READERS for path in PACKAGE.glob(pattern))
+  leaves = {name.rpartition(".")[2] for name in KEYS if not name.startswith("model.")}
+  # As an attribute of a section, or as a name that a section is asked for.
+  unread = [leaf for leaf in leaves if not re.search(rf"\.{leaf}\b|[\"']{leaf}[\"']", text)]
+  assert unread == []
+  # The section `model` goes to the encoder whole.
+  model = {name.partition(".")[2] for name in KEYS if name.startswith("model.")}
+  assert inspect.signature(resnet.ResNet).parameters.keys() >= model - {"encoder"}
 
 
 def test_the_table_of_features_names_keys_and_jobs_that_exist():
   page = (PACKAGE.parent / "docs" / "features.md").read_text()
-  known = checkpoint.flat(config("base.py").to_dict())
+  known = KEYS
   quoted = [text.partition("=")[0].partition(":")[0] for text in re.findall(r"`([^`]+)`", page.split("## Flags")[1])]
   ours = [name for name in quoted if re.fullmatch(r"[a-z_]+\.[a-z_.]+", name) and not name.startswith("simclr_jax")]
   assert len(ours) > 40

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from simclr_jax import errors
-from simclr_jax.data import prefetch
+from simclr_jax.data import inputs, prefetch
 from simclr_jax.hardware import chips, sharding
 from simclr_jax.training import checkpoint, loop, telemetry
 from simclr_jax.training import state as state_lib
@@ -33,14 +33,14 @@ def streamed(mesh, data, steps, seen):
       seen.append(step)
       yield {"x": np.full(8, data(step), np.float32)}
 
-  return loop.Streamed(jax.jit(step_fn, donate_argnums=0), batches, mesh)
+  return inputs.Streamed(mesh, lambda batch: batch, batches)
 
 
 def resident(mesh, data, steps, most):
   """The same steps from a table of all batches on the devices."""
   table = jax.device_put(np.array([data(step) for step in range(steps + 1)], np.float32), sharding.replicated(mesh))
   batch_of = lambda table, step: {"x": table[step] * jnp.ones(8)}
-  return loop.Resident(jax.jit(loop.several(step_fn, batch_of, most), donate_argnums=0), table, mesh, most)
+  return inputs.Resident(mesh, lambda batch: batch, table, batch_of, most)
 
 
 def run(workdir, *, steps, data=lambda step: step, most=0, every_steps=2, log_every_steps=1, guarded=False, **options):
@@ -48,21 +48,20 @@ def run(workdir, *, steps, data=lambda step: step, most=0, every_steps=2, log_ev
   mesh, seen = sharding.data_mesh(), []
   params = jax.device_put({"w": jnp.zeros(())}, sharding.replicated(mesh))
   state = state_lib.create(params, {}, TX)
-  way = resident(mesh, data, steps, most) if most else streamed(mesh, data, steps, seen)
+  images = resident(mesh, data, steps, most) if most else streamed(mesh, data, steps, seen)
   # What the loop hands over it places itself: nothing is copied to or from the devices behind its back.
   with jax.transfer_guard("disallow") if guarded else contextlib.nullcontext():
-    state, result = loop.train(
-      state,
-      way,
-      workdir=str(workdir),
-      total_steps=steps,
+    settings = loop.Run(
+      str(workdir),
+      steps,
       batch_size=8,
       checkpoints=checkpoint.Checkpoints(str(workdir), {}, every_steps=every_steps, keep=2),
       log_every_steps=log_every_steps,
       title="test",
-      show={"train/loss": "loss"},
+      shown={"train/loss": "loss"},
       **options,
     )
+    state, result = loop.train(state, images.jit(step_fn, state), images, settings)
   return float(state.params["w"]), result, seen
 
 
@@ -76,7 +75,7 @@ def test_every_step_is_taken_once_and_logged_once(tmp_path, most):
   assert all(row["speed/images_per_second"] > 0 and 0 <= row["speed/data_wait_share"] <= 1 for row in rows)
 
 
-def test_a_longer_run_goes_on_from_the_newest_checkpoint_and_no_row_appears_twice(tmp_path):
+def test_a_longer_run_continues_and_no_row_appears_twice(tmp_path):
   run(tmp_path, steps=5, every_steps=0)
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write(json.dumps({"step": 6, "train/loss": 99.0}) + '\n{"step": 7, "tra')
@@ -110,7 +109,7 @@ def test_a_diverged_run_stops_and_says_where(tmp_path):
 
 
 @pytest.mark.parametrize("most", [0, 4])
-def test_the_loop_fetches_nothing_on_steps_that_are_not_logged(tmp_path, most, monkeypatch):
+def test_steps_that_are_not_logged_fetch_nothing(tmp_path, most, monkeypatch):
   # CPU arrays are host memory, so that a guard of device-to-host transfers proves nothing here: count the reads.
   reads, device_get = [], jax.device_get
   monkeypatch.setattr(jax, "device_get", lambda x: reads.append(1) or device_get(x))
@@ -118,7 +117,8 @@ def test_the_loop_fetches_nothing_on_steps_that_are_not_logged(tmp_path, most, m
   assert len(reads) == 3  # Steps 1, 5 and 10.
 
 
-def test_steps_of_one_dispatch_give_the_bits_of_single_ones_however_they_are_cut(tmp_path):
+@pytest.mark.optimized
+def test_the_cut_into_dispatches_changes_no_bit(tmp_path):
   values = np.random.default_rng(0).normal(size=40)
   data = lambda step: values[step]
   whole = run(tmp_path / "a", steps=23, most=7, every_steps=0, data=data)[0]
@@ -128,15 +128,15 @@ def test_steps_of_one_dispatch_give_the_bits_of_single_ones_however_they_are_cut
   assert whole == cut == continued
 
 
-def test_dispatches_grow_to_what_a_moment_holds_and_stop_where_something_is_due(tmp_path, monkeypatch):
-  counts, several = [], loop.Resident.feeding
+def test_dispatches_grow_and_stop_where_something_is_due(tmp_path, monkeypatch):
+  counts, feeding = [], inputs.Resident.feeding
 
   @contextlib.contextmanager
   def counted(self, done):
-    with several(self, done) as arguments:
+    with feeding(self, done) as arguments:
       yield lambda count: counts.append(count) or arguments(count)
 
-  monkeypatch.setattr(loop.Resident, "feeding", counted)
+  monkeypatch.setattr(inputs.Resident, "feeding", counted)
   run(tmp_path, steps=200, most=16, every_steps=50, log_every_steps=100)
   assert sum(counts) == 200
   assert counts[0] == 1
@@ -146,15 +146,16 @@ def test_dispatches_grow_to_what_a_moment_holds_and_stop_where_something_is_due(
 
 def test_several_steps_are_one_program_whatever_their_number():
   mesh = sharding.data_mesh()
-  steps = resident(mesh, lambda step: step, 20, 5)
+  images = resident(mesh, lambda step: step, 20, 5)
   state = state_lib.create(jax.device_put({"w": jnp.zeros(())}, sharding.replicated(mesh)), {}, TX)
-  with steps.feeding(0) as arguments:
+  take = images.jit(step_fn, state)
+  with images.feeding(0) as arguments:
     for count in (1, 5, 3, 1):
-      state, metrics = steps.step_fn(state, *arguments(count))
+      state, metrics = take(state, *arguments(count))
   assert int(state.step) == 10
   assert float(state.params["w"]) == sum(range(10))
   assert metrics["loss"].shape == (5,)
-  assert steps.step_fn._cache_size() == 1
+  assert take._cache_size() == 1
 
 
 def test_a_profile_of_the_asked_steps_is_written(tmp_path):
@@ -179,7 +180,7 @@ def test_what_goes_wrong_in_the_input_is_raised_by_the_loop(tmp_path):
     run(tmp_path, steps=9, data=data)
 
 
-def test_batches_wait_on_the_devices_and_their_thread_ends_with_them():
+def test_two_batches_wait_on_the_devices():
   mesh, taken = sharding.data_mesh(), []
 
   def rows():
@@ -200,11 +201,12 @@ def test_batches_wait_on_the_devices_and_their_thread_ends_with_them():
   assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
+@pytest.mark.devices(4)
 def test_model_flops_and_waits_are_reported_over_the_chips_peak(tmp_path, monkeypatch):
   monkeypatch.setattr(telemetry.time, "monotonic", iter([0.0, 10.0, 12.0, 14.0, 15.0, 20.0, 24.0, 24.0]).__next__)
   monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip("test", 1, 1e9, 1, "", devices=2))
-  knobs = {"total_steps": 9, "start_step": 0, "images_per_step": 64, "title": "test", "flops_per_step": 4e9}
-  with telemetry.Telemetry(str(tmp_path), devices=jax.devices()[:4], **knobs) as out:
+  meter = telemetry.Meter(64, 4e9, tuple(jax.devices()[:4]))
+  with telemetry.Telemetry(str(tmp_path), total_steps=9, start_step=0, meter=meter, title="test") as out:
     with out.waiting_for("data"):
       pass  # 10 to 12
     with out.waiting_for("checkpoint"):

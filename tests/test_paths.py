@@ -1,29 +1,34 @@
 """Relative paths, as people type them: every job that reads a checkpoint takes one, from any folder."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from test_jobs import TINY
+from runs import TINY
 
 import simclr_jax
 from simclr_jax import __main__ as command
-from simclr_jax import errors
+from simclr_jax import files
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  """A folder that holds a pretraining run `runs/tiny`, made by a relative --workdir."""
-  home = tmp_path_factory.mktemp("home")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.chdir(home)
-    assert command.main(["pretrain", *TINY, "--config.total_steps=1", "--workdir=runs/tiny"]) == 0
-  return home
+@pytest.fixture
+def home(pretrained, tmp_path, monkeypatch):
+  """A folder that holds a pretraining run `runs/tiny`; the current one."""
+  (tmp_path / "runs").mkdir()
+  shutil.copytree(pretrained, tmp_path / "runs" / "tiny")
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def test_pretraining_takes_a_relative_workdir(home):
+  # Done before: the same command, typed beside the run, takes no step.
+  more = ["--config.total_steps=6", "--config.keep_checkpoints=9", "--config.checkpoint_every_steps=3"]
+  assert command.main(["pretrain", *TINY, *more, "--workdir=runs/tiny"]) == 0
 
 
 @pytest.mark.parametrize("job", ["linear_eval", "finetune", "knn", "embed"])
-def test_a_job_takes_a_relative_checkpoint(home, monkeypatch, job):
-  monkeypatch.chdir(home)
+def test_a_job_takes_a_relative_checkpoint(home, job):
   argv = [
     "--config.checkpoint=runs/tiny",
     f"--workdir=runs/{job}",
@@ -43,5 +48,5 @@ def test_load_encoder_takes_a_relative_path(home, monkeypatch):
 
 def test_urls_stay_and_the_home_folder_is_expanded(monkeypatch):
   monkeypatch.setenv("HOME", "/home/somebody")
-  assert errors.absolute("gs://bucket/run") == "gs://bucket/run"
-  assert errors.absolute("~/run") == "/home/somebody/run"
+  assert files.absolute("gs://bucket/run") == "gs://bucket/run"
+  assert files.absolute("~/run") == "/home/somebody/run"

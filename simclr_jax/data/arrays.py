@@ -1,57 +1,156 @@
-"""Images in memory as NumPy arrays: from an .npz file or the built-in shapes, without TensorFlow."""
+"""Images in memory as NumPy arrays, and the source that reads them from an .npz file. Imports no TensorFlow."""
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
+import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from simclr_jax import errors
-from simclr_jax.data import shapes
+from simclr_jax.data import source as source_lib
+
+if TYPE_CHECKING:
+  from simclr_jax.data import stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Arrays:
+class Arrays(source_lib.Source):
   """One split of images in memory.
 
   Attributes:
     name: for messages.
     images: u8[N, H, W, 3], or object[N] of bytes, encoded images of any size.
-    labels: i32[N], -1 without labels.
+    example_labels: i32[N], -1 without labels; see `Source.labels`.
     class_names: one for each class; empty without labels.
-    names: of the examples, where they have any.
+    example_names: names of the examples; empty where they have none.
+    multi_label: whether an image has any number of classes.
   """
 
   name: str
   images: np.ndarray
-  labels: np.ndarray
+  example_labels: np.ndarray
   class_names: tuple[str, ...]
-  names: tuple[str, ...] = ()
+  example_names: tuple[str, ...] = ()
+  multi_label: bool = False
 
   @property
   def num_examples(self) -> int:
     return len(self.images)
 
   @property
-  def num_classes(self) -> int:
-    return len(self.class_names)
+  def has_names(self) -> bool:
+    return bool(self.example_names)
+
+  def names(self) -> tuple[str, ...]:
+    return self.example_names or tuple(map(str, range(self.num_examples)))
+
+  def labels(self) -> np.ndarray:
+    return self.example_labels
+
+  def take(self, rows: np.ndarray) -> Arrays:
+    names = tuple(self.example_names[row] for row in rows) if self.example_names else ()
+    return dataclasses.replace(
+      self,
+      name=f"{self.name}, {len(rows)} of {self.num_examples}",
+      images=self.images[rows],
+      example_labels=self.example_labels[rows],
+      example_names=names,
+    )
+
+  def consecutive(self, begin: int, end: int) -> Arrays:
+    return dataclasses.replace(
+      self,
+      name=f"{self.name}, rows {begin} to {end}",
+      images=self.images[begin:end],
+      example_labels=self.example_labels[begin:end],
+      example_names=self.example_names[begin:end] or tuple(map(str, range(begin, end))),
+    )
+
+  def sample(self, count: int, seed: int) -> Arrays:
+    if count >= self.num_examples:
+      return self
+    return self.take(np.sort(np.random.default_rng(seed).permutation(self.num_examples)[:count]))
+
+  def decoded(self) -> Arrays:
+    if self.images.dtype == np.uint8:
+      return self
+    check_any(self)
+    first = self._decode(0)
+    images = np.empty((self.num_examples, *first.shape), np.uint8)
+
+    def fill(number):
+      image = self._decode(number)
+      check_size(image, first, number, self.name)
+      images[number] = image
+
+    # Threads, because Pillow releases the interpreter's lock while it decodes.
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      list(pool.map(fill, range(self.num_examples)))
+    return dataclasses.replace(self, images=images)
+
+  def stored(self) -> stored.Stored:
+    if importlib.util.find_spec("tensorflow") is None:
+      raise errors.UserError(
+        f"{self.name} is streamed by TensorFlow, which is not installed; install it, or set data.resident=true."
+      )
+    from simclr_jax.data import stored
+
+    return stored.Stored(
+      self.name,
+      class_names=self.class_names,
+      read=lambda content, label: (content, label),
+      examples=stored.on_host(self.images, self.example_labels),
+      example_names=self.example_names,
+      multi_label=self.multi_label,
+    )
+
+  def _decode(self, number: int) -> np.ndarray:
+    """Returns one image, u8[H, W, 3]."""
+    try:
+      with Image.open(io.BytesIO(self.images[number])) as image:
+        return np.asarray(image.convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+      raise errors.UserError(f"image {number} of {self.name} cannot be decoded ({error}); replace it.") from error
+
+
+def open(request: source_lib.Request) -> Arrays:
+  """Returns the split `request.split` of the .npz file `request.data_dir`; see `from_mapping`.
+
+  Raises:
+    UserError: there is no such file or split, or its arrays have another form.
+  """
+  return from_npz(request.data_dir, request.split)
+
+
+def split_names(request: source_lib.Request) -> tuple[str, ...]:
+  """Returns the names of the splits in the .npz file `request.data_dir`."""
+  with _npz(request.data_dir) as file:
+    return _splits_in(file)
 
 
 def from_mapping(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "arrays") -> Arrays:
   """Returns a split of named arrays.
 
   Args:
-    arrays: for each split S either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets`
-      int[N + 1], where bytes[offsets[i] : offsets[i + 1]] is the encoded image i; if there are any,
-      `S_labels` int[N] and `class_names`.
-    split: which S.
+    arrays: for each split S either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets` int[N + 1], where
+      bytes[offsets[i] : offsets[i + 1]] is the encoded image i; `S_labels` int[N] and `class_names` are optional.
+    split: the name S.
     name: for messages.
+
+  Raises:
+    UserError: there is no such split, or its arrays have another form.
   """
-  splits = sorted({key.rsplit("_", 1)[0] for key in arrays if key.endswith(("_images", "_bytes"))})
+  splits = _splits_in(arrays)
   if split not in splits:
     raise errors.UserError(
       f'{name} has no split "{split}" (no arrays {split}_images or {split}_bytes and {split}_offsets); '
@@ -65,7 +164,7 @@ def from_mapping(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "a
       )
   else:
     images = _encoded(arrays, split, name)
-  labels, num_classes = _labels_of(arrays, split, len(images), name)
+  labels, num_classes = _labels(arrays, split, len(images), name)
   names = tuple(str(n) for n in arrays.get("class_names", range(num_classes)))
   if num_classes and len(names) != num_classes:
     raise errors.UserError(
@@ -76,49 +175,14 @@ def from_mapping(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "a
 
 def from_npz(path: str, split: str) -> Arrays:
   """Returns a split of the arrays in an .npz file; see `from_mapping`."""
-  if not os.path.isfile(path):
-    raise errors.UserError(f'no file "{path}" for the source arrays; set data_dir to an .npz file.')
-  with open(path, "rb") as stream:
-    try:
-      file = np.load(stream)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-      raise errors.UserError(f'"{path}" is no .npz file ({error}); write it with np.savez.') from error
-    if not isinstance(file, Mapping):
-      raise errors.UserError(f'"{path}" holds one array, wanted several by name; write it with np.savez.')
+  with _npz(path) as file:
     return from_mapping(file, split, name=os.path.basename(path))
 
 
-def from_shapes(split: str, num_examples: int, image_size: int, seed: int) -> Arrays:
-  """Returns a split of the built-in shapes."""
-  if num_examples < 1:
-    raise errors.UserError(f"{num_examples} shapes asked for; set the number of examples to at least 1.")
-  if split not in shapes.SPLITS:
-    raise errors.UserError(
-      f'the shapes have no split "{split}"; their splits: {", ".join(shapes.SPLITS)}'
-      f"{errors.nearest(split, shapes.SPLITS)}"
-    )
-  images, labels = shapes.draw(split, num_examples, image_size, seed)
-  return Arrays(f"shapes ({split})", images, labels, shapes.CLASS_NAMES)
-
-
-def decoded(arrays: Arrays) -> Arrays:
-  """Returns the split with its images decoded, u8[N, H, W, 3]; they must have one size."""
-  if arrays.images.dtype == np.uint8:
-    return arrays
-  if not len(arrays.images):
-    raise errors.UserError(f"{arrays.name} has no images; write at least one.")
-  first = _decode(arrays, 0)
-  images = np.empty((len(arrays.images), *first.shape), np.uint8)
-
-  def fill(number):
-    image = _decode(arrays, number)
-    check_size(image, first, number, arrays.name)
-    images[number] = image
-
-  # Pillow lets go of the interpreter's lock while it decodes.
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    list(pool.map(fill, range(len(images))))
-  return dataclasses.replace(arrays, images=images)
+def check_any(source: source_lib.Source) -> None:
+  """Raises a UserError for a split without images."""
+  if not source.num_examples:
+    raise errors.UserError(f"{source.name} has no images; write at least one.")
 
 
 def check_size(image: np.ndarray, first: np.ndarray, number: int, name: str) -> None:
@@ -130,16 +194,28 @@ def check_size(image: np.ndarray, first: np.ndarray, number: int, name: str) -> 
     )
 
 
-def _decode(arrays, number):
-  try:
-    with Image.open(io.BytesIO(arrays.images[number])) as image:
-      return np.asarray(image.convert("RGB"))
-  except (OSError, Image.DecompressionBombError) as error:
-    raise errors.UserError(f"image {number} of {arrays.name} cannot be decoded ({error}); replace it.") from error
+@contextlib.contextmanager
+def _npz(path: str) -> Iterator[Mapping[str, np.ndarray]]:
+  """Opens an .npz file as a mapping."""
+  if not os.path.isfile(path):
+    raise errors.UserError(f'no file "{path}" for the source arrays; set data_dir to an .npz file.')
+  with pathlib.Path(path).open("rb") as stream:
+    try:
+      file = np.load(stream)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+      raise errors.UserError(f'"{path}" is no .npz file ({error}); write it with np.savez.') from error
+    if not isinstance(file, Mapping):
+      raise errors.UserError(f'"{path}" holds one array, wanted several by name; write it with np.savez.')
+    yield file
 
 
-def _encoded(arrays, split, name):
-  """Returns bytes objects [N] for encoded images that lie one after the other."""
+def _splits_in(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+  """Returns the sorted names of the splits among named arrays."""
+  return tuple(sorted({key.rsplit("_", 1)[0] for key in arrays if key.endswith(("_images", "_bytes"))}))
+
+
+def _encoded(arrays: Mapping[str, np.ndarray], split: str, name: str) -> np.ndarray:
+  """Returns object[N] of bytes for encoded images that are stored one after the other."""
   if f"{split}_offsets" not in arrays:
     raise errors.UserError(f"{name} has {split}_bytes but no {split}_offsets; add them, int[N + 1].")
   data = np.asarray(arrays[f"{split}_bytes"], np.uint8)
@@ -151,8 +227,8 @@ def _encoded(arrays, split, name):
   return np.array([data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)], object)
 
 
-def _labels_of(arrays, split, count, name):
-  """Returns (i32[count], number of classes over all splits), or (-1s, 0) where the split has no labels."""
+def _labels(arrays: Mapping[str, np.ndarray], split: str, count: int, name: str) -> tuple[np.ndarray, int]:
+  """Returns (i32[count], number of classes of all splits together), or (-1s, 0) where the split has no labels."""
   if f"{split}_labels" not in arrays:
     return np.full(count, -1, np.int32), 0
   labels = np.asarray(arrays[f"{split}_labels"])

@@ -1,39 +1,42 @@
-"""Single augmentations and their compositions (v1 figure 5) in JAX: one view is a crop, the other is that crop changed.
+"""Single augmentations and their compositions (Chen et al. 2020, section 3.1 and figure 5) in JAX.
 
-Section 3.1 of v1: an image is cropped at random and resized, and that crop is what both views start from. The first
-view is the crop as it is; the second one goes through one operation or several, one after the other, always. The paper
-names the operations but leaves sizes and strengths open: the constants below are ours.
+Both views start from the same random crop of an image. The first view is that crop; the second one is the crop after
+one or several operations, which are always applied. The paper names the operations without sizes or strengths: the
+constants below are this project's choice.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from simclr_jax import errors
 from simclr_jax.data import device_augment
+from simclr_jax.data import distortion as distortion_lib
 
 OPERATIONS = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
 
-CUTOUT_SHARE = 0.5  # Of the image's side: the square that is erased, 16 of 32 pixels as for CIFAR-10 in 1708.04552.
-CUTOUT_FILL = 0.5  # Grey; the same paper fills with the mean, which is 0 of its standardised images.
-SOBEL_SCALE = 0.25  # So that an edge from 0 to 1 gives 1.
+CUTOUT_SHARE = 0.5  # side of the erased square as a share of the image's: 16 of 32 pixels, as in arXiv 1708.04552
+CUTOUT_FILL = 0.5  # grey; arXiv 1708.04552 fills with the mean of standardised images, 0
+SOBEL_SCALE = 0.25  # makes an edge from 0 to 1 give 1
 NOISE_SIGMA = 0.2
-BLUR_SIGMA = (0.1, 2.0)  # In pixels, as in the reference's distortion.
-LEAST_TAPS = 3  # A tenth of an image below 20 pixels is one tap, which would not blur.
+BLUR_SIGMA = (0.1, 2.0)  # pixels, as in the reference's distortion
+LEAST_TAPS = 3  # a tenth of an image below 20 pixels would be a single tap, which does not blur
 
-# Apart from those that `device_augment` takes of an example's key for its own crops (0) and colours (1).
+# Folded into an example's key; `device_augment` uses 0 for crops and 1 for colours.
 COMPOSED = 2
-NOTHING = len(OPERATIONS)  # Fills up codes, so that one operation and two of them are one program.
+NOTHING = len(OPERATIONS)  # code of the identity, which pads lists of codes to one length and so to one program
 LEAST_CODES = 2
 
 
 def codes(text: str) -> np.ndarray:
-  """Returns the operations that a text such as "crop,color" names, in order, as `pairs_of_crops` takes them: i32[K].
+  """Returns the codes i32[K] of the operations in a text such as "crop,color", in order, padded to LEAST_CODES.
 
   Raises:
-    UserError: one of them is not known.
+    UserError: an operation is unknown.
   """
   names = [name.strip() for name in text.split(",")]
   for name in names:
@@ -46,38 +49,47 @@ def codes(text: str) -> np.ndarray:
   return np.array(numbers + [NOTHING] * (LEAST_CODES - len(numbers)), np.int32)
 
 
-def pairs_of_images(images, keys, operations, *, size: int, area=(0.08, 1.0), **knobs):
-  """Returns `pairs_of_crops` of a random crop of each image, not mirrored.
+def pairs_of_images(
+  images: jax.Array,
+  keys: jax.Array,
+  operations: ArrayLike,
+  distortion: distortion_lib.Distortion,
+  *,
+  dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+  """Returns `pairs_of_crops` of a random crop of each image, which is never mirrored.
 
   Args:
     images: u8[N, H, W, 3], or float in [0, 1].
-    keys: key[N], of `device_augment.example_keys`.
-    operations: see `pairs_of_crops`.
-    size: of the views.
-    area: range of the crop's share of the image.
-    **knobs: of `pairs_of_crops`.
+    keys, operations, dtype: see `pairs_of_crops`.
+    distortion: of the crop, and of the operations as in `pairs_of_crops`.
   """
-  crops = device_augment.train_view(images, keys, size=size, flip=False, area=area)
-  return pairs_of_crops(crops, keys, operations, area=area, **knobs)
+  crops = device_augment.train_view(images, keys, dataclasses.replace(distortion, flip=False))
+  return pairs_of_crops(crops, keys, operations, distortion, dtype=dtype)
 
 
-def pairs_of_crops(crops, keys, operations, *, area=(0.08, 1.0), dtype=jnp.float32, **colors):
+def pairs_of_crops(
+  crops: jax.Array,
+  keys: jax.Array,
+  operations: ArrayLike,
+  distortion: distortion_lib.Distortion,
+  *,
+  dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
   """Returns each crop beside the same crop after the operations, `dtype`[N, 2, S, S, 3] in [0, 1].
 
-  Which operations is data: one program, compiled once, does all of them, and computes those that are asked for.
+  The operations are data of the program, which branches at run time: it is compiled once for all of them.
 
   Args:
     crops: u8[N, S, S, 3], or float in [0, 1].
-    keys: key[N], of `device_augment.example_keys`; what is drawn for an example depends on nothing else.
-    operations: i32[K], of `codes`, applied in this order; the same one may come again, with other numbers.
-    area: range of the share of the crop that the operation `crop` takes.
-    dtype: of the result; computed in at least float32.
-    **colors: color_strength, brightness, color_probability and grayscale_probability of the operation `color`, as in
-      `device_augment.distorted_pairs`.
+    keys: key[N], of `device_augment.example_keys`; the random numbers of an example depend on its key alone.
+    operations: i32[K], of `codes`, applied in this order; a repeated one has other random numbers.
+    distortion: its colours are those of the operation `color`, its areas and aspects those of `crop`.
+    dtype: of the result, which is computed in at least float32.
   """
   wide = jnp.promote_types(dtype, jnp.float32)
   crops = crops.astype(wide) / 255 if crops.dtype == jnp.uint8 else crops.astype(wide)
-  branches = [functools.partial(_changed, name, area=area, colors=colors) for name in OPERATIONS]
+  branches = [functools.partial(_apply, name, distortion=distortion) for name in OPERATIONS]
   branches.append(lambda images, keys: images)
 
   def step(images, numbers):
@@ -90,14 +102,14 @@ def pairs_of_crops(crops, keys, operations, *, area=(0.08, 1.0), dtype=jnp.float
   return jnp.stack([crops, changed], 1).astype(dtype)
 
 
-def sobel(images):
-  """Returns the size of each channel's gradient by Sobel's kernels, float[..., H, W, 3] in [0, 1].
+def sobel(images: jax.Array) -> jax.Array:
+  """Returns the magnitude of each channel's gradient by Sobel's kernels, float[..., H, W, 3] in [0, 1].
 
-  Scaled so that an edge from 0 to 1 gives 1; what is steeper (at corners) is clipped. Beyond the border the image is
-  mirrored about its outermost pixels, as TensorFlow's `sobel_edges` has it.
+  An edge from 0 to 1 gives 1; larger values (at corners) are clipped. The border is padded by reflection without
+  repeating the outermost pixels, as in TensorFlow's `sobel_edges`.
 
   Args:
-    images: float[..., H, W, 3] in [0, 1], of at least two pixels a side.
+    images: float[..., H, W, 3] in [0, 1], at least two pixels high and wide.
   """
   padded = jnp.pad(images, [(0, 0)] * (images.ndim - 3) + [(1, 1), (1, 1), (0, 0)], mode="reflect")
   smooth = lambda x, axis: _shifted(x, 0, axis) + 2 * _shifted(x, 1, axis) + _shifted(x, 2, axis)
@@ -106,12 +118,12 @@ def sobel(images):
   return jnp.clip(SOBEL_SCALE * jnp.sqrt(jnp.square(down) + jnp.square(across)), 0.0, 1.0)
 
 
-def cutout(images, center):
-  """Returns float[N, S, S, 3] with a square of CUTOUT_SHARE of the side filled with CUTOUT_FILL.
+def cutout(images: jax.Array, center: ArrayLike) -> jax.Array:
+  """Returns float[N, S, S, 3] with a square, whose side is CUTOUT_SHARE of S, filled with CUTOUT_FILL.
 
   Args:
     images: float[N, S, S, 3].
-    center: i32[N, 2], row and column; the part of the square that is outside of the image erases nothing.
+    center: i32[N, 2], row and column of the square, which may extend over the image's border.
   """
   size = images.shape[-2]
   side = int(CUTOUT_SHARE * size)
@@ -121,50 +133,52 @@ def cutout(images, center):
   return jnp.where(erased[..., None], jnp.asarray(CUTOUT_FILL, images.dtype), images)
 
 
-def noise(images, normal):
+def noise(images: jax.Array, normal: jax.Array) -> jax.Array:
   """Returns images plus NOISE_SIGMA times `normal`, clipped to [0, 1]; both float[..., H, W, 3]."""
   return jnp.clip(images + NOISE_SIGMA * normal, 0.0, 1.0)
 
 
-def rotate(images, quarters):
-  """Returns float[N, S, S, 3] turned counter-clockwise by `quarters`, i32[N] of 1, 2 and 3, times 90 degrees."""
+def rotate(images: jax.Array, quarters: jax.Array) -> jax.Array:
+  """Returns float[N, S, S, 3] rotated counter-clockwise by 90 degrees times `quarters`, i32[N] of 1, 2 or 3."""
   turned = [jnp.rot90(images, count, axes=(1, 2)) for count in (1, 2, 3)]
   quarters = quarters[:, None, None, None]
   return jnp.where(quarters == 1, turned[0], jnp.where(quarters == 2, turned[1], turned[2]))
 
 
-def crop_boxes(keys, size, area):
-  """Returns random crops i32[N, 4] of square images by the law of `device_augment.crop_box`."""
-  return jax.vmap(lambda key: device_augment.crop_box(key, size, size, area=area))(keys)
+def crop_boxes(keys: jax.Array, distortion: distortion_lib.Distortion) -> jax.Array:
+  """Returns random crops i32[N, 4] of square images of `distortion.size` pixels; see `device_augment.crop_box`."""
+  box = functools.partial(device_augment.crop_box, area=distortion.area, aspect=distortion.aspect)
+  return jax.vmap(lambda key: box(key, distortion.size, distortion.size))(keys)
 
 
-def centers(keys, size):
-  """Returns random pixels i32[N, 2], all equally likely."""
+def centers(keys: jax.Array, size: int) -> jax.Array:
+  """Returns a random row and column for each key, i32[N, 2], uniform over `size` by `size` pixels."""
   return jax.vmap(lambda key: jax.random.randint(key, [2], 0, size, jnp.int32))(keys)
 
 
-def sigmas(keys):
-  """Returns the blur's sigma f32[N] in pixels, uniform in BLUR_SIGMA."""
+def sigmas(keys: jax.Array) -> jax.Array:
+  """Returns the blur's standard deviation for each key in pixels, f32[N], uniform in BLUR_SIGMA."""
   low, high = BLUR_SIGMA
   return jax.vmap(lambda key: jax.random.uniform(key, [], jnp.float32, low, high))(keys)
 
 
-def quarter_turns(keys):
-  """Returns 1, 2 or 3, i32[N], equally likely."""
+def quarter_turns(keys: jax.Array) -> jax.Array:
+  """Returns 1, 2 or 3 for each key, i32[N], with equal probabilities."""
   return jax.vmap(lambda key: jax.random.randint(key, [], 1, 4, jnp.int32))(keys)
 
 
-def _changed(name, images, keys, area, colors):
-  """Returns images float[N, S, S, 3] in [0, 1] after one operation, with the numbers of its own keys."""
+def _apply(name, images, keys, distortion):
+  """Returns images float[N, S, S, 3] in [0, 1] after one operation, whose random numbers come from `keys`."""
   size = images.shape[-2]
   if name == "crop":
-    boxes = jax.lax.optimization_barrier(crop_boxes(keys, size, area))
+    boxes = jax.lax.optimization_barrier(crop_boxes(keys, dataclasses.replace(distortion, size=size)))
     return jnp.clip(device_augment.crop_and_resize(images, boxes, size), 0.0, 1.0)
   if name == "cutout":
     return cutout(images, centers(keys, size))
   if name == "color":
-    # The law of the SimCLR distortion, whose jitter and grayscale each have a probability of their own.
-    return device_augment.distorted_pairs(images[:, None], keys, blur=False, dtype=images.dtype, **colors)[:, 0]
+    # As in the SimCLR distortion: jitter and grayscale each keep a probability of their own.
+    colors = dataclasses.replace(distortion, blur_probability=0.0)
+    return device_augment.distorted_pairs(images[:, None], keys, colors, dtype=images.dtype)[:, 0]
   if name == "sobel":
     return sobel(images)
   if name == "noise":
@@ -176,5 +190,5 @@ def _changed(name, images, keys, area, colors):
 
 
 def _shifted(padded, start, axis):
-  """Returns `padded` without two of its rows or columns, from `start` on."""
+  """Returns `padded` from `start` on along an axis, two entries shorter than it."""
   return jax.lax.slice_in_dim(padded, start, padded.shape[axis] - 2 + start, axis=axis % padded.ndim)

@@ -1,50 +1,53 @@
-"""The reference's augmentation in TensorFlow: exact operations, and seeded random views for tf.data."""
+"""The reference's augmentation in TensorFlow, for tf.data: its operations, and random views as functions of a seed."""
+
+from collections.abc import Sequence
 
 import tensorflow as tf
 
-from simclr_jax.data import law, sources
+from simclr_jax.data import decode
+from simclr_jax.data import distortion as distortion_lib
 
-tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+# The raw ops, because the Python wrapper tf.image.resize adds a dozen others to each.
+RESIZES = dict(zip(distortion_lib.RESIZES, (tf.raw_ops.ResizeBicubic, tf.raw_ops.ResizeBilinear), strict=True))
 
-# The ops behind tf.image.resize, whose Python wrapper costs a dozen more.
-RESIZES = dict(zip(law.RESIZES, (tf.raw_ops.ResizeBicubic, tf.raw_ops.ResizeBilinear), strict=True))
+Array = tf.types.experimental.TensorLike
 
 
-def brightness(image, factor, additive=False):
+def brightness(image: Array, factor: Array, additive: bool = False) -> tf.Tensor:
   """Returns `image` times `factor` (SimCLR v2), or plus `factor` (v1); f32[..., H, W, 3], not clipped."""
   image = tf.convert_to_tensor(image)
   return image + factor if additive else image * factor
 
 
-def contrast(image, factor):
+def contrast(image: Array, factor: Array) -> tf.Tensor:
   """Returns f32[..., H, W, 3] with each channel's distance from its mean scaled; not clipped."""
   return tf.image.adjust_contrast(image, factor)
 
 
-def saturation(image, factor):
+def saturation(image: Array, factor: Array) -> tf.Tensor:
   """Returns f32[..., H, W, 3] with the HSV saturation scaled by `factor` and clipped to [0, 1]."""
   return tf.image.adjust_saturation(image, factor)
 
 
-def hue(image, factor):
-  """Returns f32[..., H, W, 3] with the HSV hue turned by `factor` of a full turn."""
+def hue(image: Array, factor: Array) -> tf.Tensor:
+  """Returns f32[..., H, W, 3] with the HSV hue shifted by `factor` turns."""
   return tf.image.adjust_hue(image, factor)
 
 
-def to_grayscale(image):
-  """Returns f32[..., H, W, 3], three times the luma of `image`."""
+def to_grayscale(image: Array) -> tf.Tensor:
+  """Returns f32[..., H, W, 3], the luma of `image` in all three channels."""
   image = tf.convert_to_tensor(image)
-  luma = tf.tensordot(image, tf.constant(law.LUMA, image.dtype), 1)
+  luma = tf.tensordot(image, tf.constant(distortion_lib.LUMA, image.dtype), 1)
   return tf.stack([luma] * 3, axis=-1)
 
 
-def color_jitter(image, factors, order, additive=False):
+def color_jitter(image: Array, factors: Array, order: Array, additive: bool = False) -> tf.Tensor:
   """Returns `image` after the four colour operations, clipped to [0, 1] after each.
 
   Args:
     image: f32[..., H, W, 3].
-    factors: f32[4], of brightness, contrast, saturation and hue, in this order.
-    order: i32[4], the numbers of the operations as they follow each other.
+    factors: f32[4], of brightness, contrast, saturation and hue.
+    order: i32[4], a permutation of the numbers 0 to 3 of these operations: the order in which they are applied.
     additive: whether the brightness factor is added.
   """
   operations = [lambda x, f: brightness(x, f, additive), contrast, saturation, hue]
@@ -55,11 +58,13 @@ def color_jitter(image, factors, order, additive=False):
   return image
 
 
-def gaussian_blur(image, sigma, size):
-  """Returns f32[..., H, W, 3] blurred by a Gaussian of 2 * (size // 2) + 1 taps, with zeros around the image.
+def gaussian_blur(image: Array, sigma: Array, size: int) -> tf.Tensor:
+  """Returns f32[..., H, W, 3] blurred by a Gaussian of 2 * (size // 2) + 1 taps, with zero padding.
 
-  The reference's `size` is a tenth of the image, which makes 23, 9, 7 and 3
-  taps for 224, 96, 64 and 32 pixels.
+  Args:
+    image: f32[..., H, W, 3].
+    sigma: f32[], the standard deviation in pixels.
+    size: in the reference a tenth of the image's side: 23, 9, 7 and 3 taps for 224, 96, 64 and 32 pixels.
   """
   radius = size // 2
   x = tf.range(-radius, radius + 1, dtype=tf.float32)
@@ -72,35 +77,42 @@ def gaussian_blur(image, sigma, size):
   return tf.reshape(blurred, shape)
 
 
-def crop_box(seed, height, width, *, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
-  """Returns a random crop i32[4] (y, x, height, width), a function of `seed`, by the reference's law.
+def crop_box(
+  seed: Array,
+  height: Array,
+  width: Array,
+  *,
+  area: tuple[float, float] = (0.08, 1.0),
+  aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tf.Tensor:
+  """Returns a random crop i32[4] (y, x, height, width), a function of `seed`, distributed as the reference's.
 
   Args:
     seed: int[2].
     height, width: of the image.
-    area: range of the crop's share of the image; the law's own floor is 0.1.
+    area: range of the crop's area as a share of the image's; crops below a share of 0.1 are never drawn.
     aspect: range of width / height.
   """
   begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
     tf.stack([height, width, 3]),
     tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
     seed,
-    min_object_covered=law.MIN_COVERED,
+    min_object_covered=distortion_lib.MIN_COVERED,
     aspect_ratio_range=aspect,
     area_range=area,
-    max_attempts=law.ATTEMPTS,
+    max_attempts=distortion_lib.ATTEMPTS,
     use_image_if_no_bounding_boxes=True,
   )
   return tf.concat([begin[:2], extent[:2]], 0)
 
 
-def crop_and_resize(image, box, size):
-  """Returns f32[..., size, size, 3], a crop resized: bicubic, half-pixel centres, no antialiasing, no clip.
+def crop_and_resize(image: Array, box: Array, size: int) -> tf.Tensor:
+  """Returns f32[..., size, size, 3], a crop resized: bicubic, half-pixel centres, no antialiasing, not clipped.
 
   Args:
     image: f32[..., H, W, 3], or u8, which is divided by 255.
     box: int[4], (y, x, height, width).
-    size: int.
+    size: height and width of the result.
   """
   y, x, height, width = tf.unstack(box)
   image = tf.convert_to_tensor(image)
@@ -110,31 +122,33 @@ def crop_and_resize(image, box, size):
   return tf.reshape(resized, tf.concat([shape[:-3], [size, size, 3]], 0))
 
 
-def center_crop(image, size):
+def center_crop(image: Array, size: int) -> tf.Tensor:
   """Returns f32[..., size, size, 3], the evaluation's crop, in [0, 1].
 
-  The central square of 0.875 of the shorter side is resized. Where `size` is at
-  most 32, an image that has it already is taken as it is.
+  The central square of 0.875 of the shorter side is resized. An image of `size` by `size` is taken whole where `size`
+  is at most 32.
   """
   image = tf.convert_to_tensor(image)
   height, width = tf.unstack(tf.shape(image)[-3:-1])
 
   def crop():
-    side = tf.cast(tf.math.rint(law.EVALUATION_SHARE * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
+    side = tf.cast(
+      tf.math.rint(distortion_lib.EVALUATION_SHARE * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32
+    )
     return crop_and_resize(image, [(height - side + 1) // 2, (width - side + 1) // 2, side, side], size)
 
   def whole():
-    return crop_and_resize(image, [0, 0, height, width], size)  # of its own size: the same numbers
+    return crop_and_resize(image, [0, 0, height, width], size)  # the identity, as the size stays
 
-  as_it_is = tf.logical_and(tf.equal(height, size), tf.equal(width, size))
-  return tf.clip_by_value(tf.cond(as_it_is, whole, crop) if size <= law.SMALL_IMAGE else crop(), 0.0, 1.0)
+  uncropped = tf.logical_and(tf.equal(height, size), tf.equal(width, size))
+  return tf.clip_by_value(tf.cond(uncropped, whole, crop) if size <= distortion_lib.SMALL_IMAGE else crop(), 0.0, 1.0)
 
 
-def resized_center(image, size):
+def resized_center(image: Array, size: int) -> tf.Tensor:
   """Returns f32[..., size, size, 3] in [0, 1]: the shorter side resized to `size`, then the central square.
 
-  Bicubic with half-pixel centres and no antialiasing, as `crop_and_resize` and the images of pretraining, clipped. An
-  image that is `size` by `size` already is taken as it is.
+  The preprocessing of the paper's transfer experiments (appendix B.8). Resized as by `crop_and_resize`, then clipped;
+  an image of `size` by `size` is returned unchanged.
   """
   image = tf.convert_to_tensor(image)
   height, width = tf.unstack(tf.shape(image)[-3:-1])
@@ -147,178 +161,166 @@ def resized_center(image, size):
   return tf.reshape(square, tf.concat([shape[:-3], [size, size, 3]], 0))
 
 
-def pretrain_view(
-  image,
-  seed,
-  *,
-  size,
-  color_strength=1.0,
-  brightness="multiplicative",
-  color_probability=0.8,
-  grayscale_probability=0.2,
-  blur=True,
-  blur_probability=0.5,
-  blur_sigma=(0.1, 2.0),
-  flip=True,
-  area=(0.08, 1.0),
-  aspect=(3 / 4, 4 / 3),
-):
+def pretrain_view(image: Array, seed: Array, distortion: distortion_lib.Distortion) -> tf.Tensor:
   """Returns a random view f32[size, size, 3] in [0, 1] for pretraining, a function of `seed`.
 
-  The reference's law: crop, flip, colour jitter, grayscale, clip, blur, clip. The
-  blur's sigma is drawn per image; the reference draws it per view and replica.
+  As in the reference: crop, flip, colour jitter, grayscale, clip, blur, clip. The blur's sigma is drawn per image; the
+  reference draws it per view and replica.
 
   Args:
     image: f32[H, W, 3] in [0, 1], or u8.
     seed: int[2].
-    size: of the view.
-    color_strength: s of the paper: factors go up to 1 + 0.8 s, the hue turns by up to 0.2 s.
-    brightness: "multiplicative" (SimCLR v2) or "additive" (v1).
-    color_probability, grayscale_probability, blur_probability: of the three coins.
-    blur: whether there is any blur.
-    blur_sigma: range of the blur's sigma in pixels.
-    flip: whether half of the views are mirrored.
-    area, aspect: ranges of the crop, as in `crop_box`.
+    distortion: its `resize` is ignored, the crop is bicubic.
   """
-  law.check_color(color_strength, brightness)
   crop_seed, number_seed = tf.unstack(_split(seed))
   numbers = iter(tf.unstack(tf.random.stateless_uniform([10], number_seed)))
-  view = _crop_and_flip(image, crop_seed, next(numbers), size=size, flip=flip, area=area, aspect=aspect)
+  view = _crop_and_flip(image, crop_seed, next(numbers), distortion)
 
-  additive = brightness == "additive"
-  ranges = law.color_ranges(color_strength, additive)
+  ranges = distortion_lib.color_ranges(distortion.color_strength, distortion.additive)
   factors = [low + (high - low) * next(numbers) for low, high in ranges]
-  order = tf.gather(law.ORDERS, tf.cast(next(numbers) * len(law.ORDERS), tf.int32))
-  jitter = lambda x=view: color_jitter(x, factors, order, additive)
-  view = tf.cond(next(numbers) < color_probability, jitter, lambda x=view: x)
-  view = tf.cond(next(numbers) < grayscale_probability, lambda x=view: to_grayscale(x), lambda x=view: x)
+  order = tf.gather(distortion_lib.ORDERS, tf.cast(next(numbers) * len(distortion_lib.ORDERS), tf.int32))
+  jitter = lambda x=view: color_jitter(x, factors, order, distortion.additive)
+  view = tf.cond(next(numbers) < distortion.color_probability, jitter, lambda x=view: x)
+  gray = lambda x=view: to_grayscale(x)
+  view = tf.cond(next(numbers) < distortion.grayscale_probability, gray, lambda x=view: x)
   view = tf.clip_by_value(view, 0.0, 1.0)
-  if blur:
-    low, high = blur_sigma
+  if distortion.blur_probability > 0:
+    low, high = distortion.blur_sigma
     sigma = low + (high - low) * next(numbers)
-    blurred = lambda x=view: tf.clip_by_value(gaussian_blur(x, sigma, size // 10), 0.0, 1.0)
-    view = tf.cond(next(numbers) < blur_probability, blurred, lambda x=view: x)
-  return tf.ensure_shape(view, [size, size, 3])
+    blurred = lambda x=view: tf.clip_by_value(gaussian_blur(x, sigma, distortion.size // 10), 0.0, 1.0)
+    view = tf.cond(next(numbers) < distortion.blur_probability, blurred, lambda x=view: x)
+  return tf.ensure_shape(view, [distortion.size, distortion.size, 3])
 
 
-def two_views(content, seed, *, size, **knobs):
-  """Returns two independent views f32[2, size, size, 3]; `knobs` are those of `pretrain_view`.
+def two_views(content: Array, seed: Array, distortion: distortion_lib.Distortion) -> tf.Tensor:
+  """Returns two independent views f32[2, size, size, 3] of one image; see `pretrain_view`.
 
-  The content is an image, f32[H, W, 3] in [0, 1] or u8, or its encoded bytes.
+  Args:
+    content: an image, f32[H, W, 3] in [0, 1] or u8, or its encoded bytes.
+    seed: int[2].
+    distortion: of both views.
   """
-  image = sources.decode_image(tf.convert_to_tensor(content))
+  image = decode.decode_image(tf.convert_to_tensor(content))
   seeds = tf.unstack(_split(seed))
-  return tf.stack([pretrain_view(image, view_seed, size=size, **knobs) for view_seed in seeds])
+  return tf.stack([pretrain_view(image, view_seed, distortion) for view_seed in seeds])
 
 
-def two_crops(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), resize="bicubic"):
-  """Returns two random crops u8[2, size, size, 3]: those of `two_views` of this seed before their colours change.
+def two_crops(content: Array, seed: Array, distortion: distortion_lib.Distortion) -> tf.Tensor:
+  """Returns two random crops u8[2, size, size, 3]: those of `two_views` for this seed, before their colours change.
 
-  What bicubic interpolation overshoots is clipped, the rest rounded. Of a JPEG only the part that the crops cover is
-  decoded, once.
+  The overshoot of bicubic interpolation is clipped and the rest rounded. Of a JPEG only the rectangle that contains
+  both crops is decoded, once.
 
   Args:
     content: an image u8[H, W, 3], or its encoded bytes.
     seed: int[2].
-    size, flip, area, aspect: as in `pretrain_view`.
-    resize: one of `law.RESIZES`; bilinear is faster, and not the reference's.
+    distortion: of the crops; its colours and blur are not applied.
   """
   views = [tf.unstack(_split(view_seed)) for view_seed in tf.unstack(_split(seed))]
   coins = [tf.random.stateless_uniform([10], numbers)[0] for _, numbers in views]
-  image, boxes = _covering(content, [crop_seed for crop_seed, _ in views], area, aspect)
+  image, boxes = _covering(content, [crop_seed for crop_seed, _ in views], distortion)
   return tf.stack(
-    [_uint8_crop(image, box, coin, size, flip, resize) for box, coin in zip(tf.unstack(boxes), coins, strict=True)]
+    [_uint8_crop(image, box, coin, distortion) for box, coin in zip(tf.unstack(boxes), coins, strict=True)]
   )
 
 
-def train_view(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
-  """Returns a random crop and flip f32[size, size, 3] in [0, 1], the law of supervised training.
+def train_view(content: Array, seed: Array, distortion: distortion_lib.Distortion) -> tf.Tensor:
+  """Returns a random crop and flip f32[size, size, 3] in [0, 1], the augmentation of supervised training.
 
-  The content is an image, f32[H, W, 3] in [0, 1] or u8, or its encoded bytes.
+  Args:
+    content: an image, f32[H, W, 3] in [0, 1] or u8, or its encoded bytes.
+    seed: int[2].
+    distortion: its colours, blur and `resize` are ignored.
   """
   crop_seed, number_seed = tf.unstack(_split(seed))
   coin = tf.random.stateless_uniform([], number_seed)
-  image = sources.decode_image(tf.convert_to_tensor(content))
-  view = _crop_and_flip(image, crop_seed, coin, size=size, flip=flip, area=area, aspect=aspect)
+  image = decode.decode_image(tf.convert_to_tensor(content))
+  view = _crop_and_flip(image, crop_seed, coin, distortion)
   return tf.clip_by_value(view, 0.0, 1.0)
 
 
-def train_crop(content, seed, *, size, flip=True, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), resize="bicubic"):
-  """Returns the `train_view` of this seed as u8[size, size, 3]; see `two_crops`."""
+def train_crop(content: Array, seed: Array, distortion: distortion_lib.Distortion) -> tf.Tensor:
+  """Returns the `train_view` for this seed as u8[size, size, 3]; see `two_crops`."""
   crop_seed, number_seed = tf.unstack(_split(seed))
   coin = tf.random.stateless_uniform([], number_seed)
-  image, boxes = _covering(content, [crop_seed], area, aspect)
-  return _uint8_crop(image, boxes[0], coin, size, flip, resize)
+  image, boxes = _covering(content, [crop_seed], distortion)
+  return _uint8_crop(image, boxes[0], coin, distortion)
 
 
-def eval_view(content, *, size):
+def eval_view(content: Array, *, size: int) -> tf.Tensor:
   """Returns the evaluation's `center_crop` f32[size, size, 3] of one image, f32[H, W, 3] in [0, 1], u8, or encoded."""
-  return tf.ensure_shape(center_crop(sources.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
+  return tf.ensure_shape(center_crop(decode.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
 
 
-def transfer_view(content, *, size):
+def transfer_view(content: Array, *, size: int) -> tf.Tensor:
   """Returns the `resized_center` f32[size, size, 3] of one image, f32[H, W, 3] in [0, 1], u8, or encoded."""
-  return tf.ensure_shape(resized_center(sources.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
+  return tf.ensure_shape(resized_center(decode.decode_image(tf.convert_to_tensor(content)), size), [size, size, 3])
 
 
 def _split(seed):
   return tf.random.experimental.stateless_split(seed, 2)
 
 
-def _covering(content, seeds, area, aspect):
-  """Returns (u8[h, w, 3], boxes i32[len(seeds), 4] in it): as much of an image as its random crops need."""
+def _covering(content: Array, seeds: Sequence[tf.Tensor], distortion: distortion_lib.Distortion):
+  """Returns the part u8[h, w, 3] of an image that contains its random crops, and their boxes i32[len(seeds), 4] in it.
+
+  It is the whole image unless that is a JPEG.
+  """
   content = tf.convert_to_tensor(content)
 
   def boxes_in(height, width):
-    return tf.stack([crop_box(seed, height, width, area=area, aspect=aspect) for seed in seeds])
+    boxes = [crop_box(seed, height, width, area=distortion.area, aspect=distortion.aspect) for seed in seeds]
+    return tf.stack(boxes)
 
   def part_of_jpeg():
     height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(content))
     boxes = boxes_in(height, width)
-    # A column more on either side: the colours at the edges of what is decoded miss their neighbours.
+    # One more column on either side: JPEG interpolates colour between columns, so those at an edge come out wrong.
     begin = tf.maximum(tf.reduce_min(boxes[:, :2], 0) - [0, 1], 0)
     end = tf.minimum(tf.reduce_max(boxes[:, :2] + boxes[:, 2:], 0) + [0, 1], [height, width])
     image = tf.image.decode_and_crop_jpeg(content, tf.concat([begin, end - begin], 0), channels=3)
     return image, boxes - tf.pad(begin, [[0, 2]])
 
   def whole():
-    image = sources.decode_image(content)
+    image = decode.decode_image(content)
     height, width, _ = tf.unstack(tf.shape(image))
     return image, boxes_in(height, width)
 
   return tf.cond(tf.io.is_jpeg(content), part_of_jpeg, whole) if content.dtype == tf.string else whole()
 
 
-def _uint8_crop(image, box, coin, size, flip, resize):
-  """Returns a crop of u8[H, W, 3] resized to u8[size, size, 3], mirrored if there is a flip and `coin` is below 0.5."""
+def _uint8_crop(image, box, coin, distortion: distortion_lib.Distortion) -> tf.Tensor:
+  """Returns a crop of u8[H, W, 3] resized to u8[size, size, 3], mirrored if `coin` is below 0.5 and flips are on."""
+  size = distortion.size
   y, x, height, width = tf.unstack(box)
-  # The same numbers from uint8 take twice as long: the op converts each pixel again for every one that it makes.
+  # Cast first: on uint8 the op gives the same numbers in twice the time, as it converts a pixel at each use.
   crop = tf.cast(tf.slice(image, [y, x, 0], [height, width, 3]), tf.float32)
-  view = RESIZES[resize](images=crop[None], size=[size, size], half_pixel_centers=True)[0]
+  view = RESIZES[distortion.resize](images=crop[None], size=[size, size], half_pixel_centers=True)[0]
   view = _rounded(view)
-  if flip:
+  if distortion.flip:
     view = tf.raw_ops.Reverse(tensor=view, dims=tf.stack([False, coin < 0.5, False]))
   return tf.ensure_shape(view, [size, size, 3])
 
 
-def _rounded(view):
-  """Returns f32[...] clipped to 0..255 and rounded to u8[...], halves to even, in one pass over it."""
+def _rounded(view) -> tf.Tensor:
+  """Returns f32[...] clipped to 0..255 and rounded to u8[...], halves to even, in a single op."""
   quantized, _, _ = tf.raw_ops.QuantizeV2(
     input=view, min_range=0.0, max_range=255.0, T=tf.quint8, mode="SCALED", round_mode="HALF_TO_EVEN"
   )
   return tf.bitcast(quantized, tf.uint8)
 
 
-def _crop_and_flip(image, seed, coin, *, size, flip, area, aspect):
-  """Returns a random crop f32[size, size, 3], not clipped; mirrored if `coin` is below 0.5."""
+def _crop_and_flip(image, seed, coin, distortion: distortion_lib.Distortion) -> tf.Tensor:
+  """Returns a random crop f32[size, size, 3], not clipped; mirrored if `coin` is below 0.5 and flips are on."""
   height, width = tf.unstack(tf.shape(image)[:2])
-  view = crop_and_resize(image, crop_box(seed, height, width, area=area, aspect=aspect), size)
-  view = tf.ensure_shape(view, [size, size, 3])
-  return tf.cond(coin < 0.5, lambda: tf.reverse(view, [1]), lambda: view) if flip else view
+  box = crop_box(seed, height, width, area=distortion.area, aspect=distortion.aspect)
+  view = crop_and_resize(image, box, distortion.size)
+  view = tf.ensure_shape(view, [distortion.size, distortion.size, 3])
+  return tf.cond(coin < 0.5, lambda: tf.reverse(view, [1]), lambda: view) if distortion.flip else view
 
 
 def _as_batch(image):
-  """Returns `image` f32[..., H, W, C] with its leading axes made one, and its shape."""
+  """Returns f32[..., H, W, C] as one batch f32[N, H, W, C], and its original shape."""
   image = tf.convert_to_tensor(image)
   shape = tf.shape(image)
   batch = image[None] if image.shape.rank == 3 else tf.reshape(image, tf.concat([[-1], shape[-3:]], 0))

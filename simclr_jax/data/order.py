@@ -1,27 +1,60 @@
-"""What batch, parts, hosts and data must be to each other, wherever the order of examples is computed."""
+"""The data order's parameters, and how examples are divided among shards and hosts."""
+
+import dataclasses
 
 from simclr_jax import errors
+from simclr_jax.data import source as source_lib
 
 
-def check(source, batch_size, shards, seed, shuffle_window, process_count):
-  """Raises a UserError for numbers that do not fit each other."""
-  if shards < 1 or batch_size < 1 or batch_size % shards:
-    raise errors.UserError(
-      f"a batch of {batch_size} does not split into {shards} data shards; use a multiple of the shards."
-    )
-  if shards % process_count:
-    raise errors.UserError(
-      f"{shards} data shards do not split over {process_count} hosts; use a multiple of the hosts."
-    )
-  if source.num_examples < shards:
-    raise errors.UserError(
-      f"{source.name} has {source.num_examples} examples for {shards} data shards; "
-      f"use at most {source.num_examples} shards."
-    )
-  if not 0 <= seed < 2**31:
-    raise errors.UserError(f"seed {seed} does not fit; use one from 0 to {2**31 - 1}.")
-  if shuffle_window < 1:
-    raise errors.UserError(f"a shuffle window of {shuffle_window} records; use at least 1.")
+@dataclasses.dataclass(frozen=True)
+class Process:
+  """One host of a run: its number, and how many there are."""
+
+  index: int = 0
+  count: int = 1
+
+
+ALONE = Process()
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """The order of training examples: a function of these numbers, the epoch and the data, not of the hosts.
+
+  The data is cut into `shards` consecutive parts. Each part is permuted anew every epoch and gives batch_size / shards
+  examples to every global batch.
+
+  Attributes:
+    batch_size: images of the global batch, a multiple of `shards`.
+    shards: number of parts, a multiple of the hosts.
+    seed: of the permutations and of the augmentation, 0 to 2^31 - 1.
+    shuffle_window: records permuted together where the data is read from files; data in memory is permuted whole.
+  """
+
+  batch_size: int
+  shards: int
+  seed: int
+  shuffle_window: int = 2048
+
+  def check(self, source: source_lib.Source, process_count: int = 1) -> None:
+    """Raises a UserError where batch, shards, seed, window, hosts and number of examples do not fit each other."""
+    if self.shards < 1 or self.batch_size < 1 or self.batch_size % self.shards:
+      raise errors.UserError(
+        f"a batch of {self.batch_size} does not split into {self.shards} data shards; use a multiple of the shards."
+      )
+    if self.shards % process_count:
+      raise errors.UserError(
+        f"{self.shards} data shards do not split over {process_count} hosts; use a multiple of the hosts."
+      )
+    if source.num_examples < self.shards:
+      raise errors.UserError(
+        f"{source.name} has {source.num_examples} examples for {self.shards} data shards; "
+        f"use at most {source.num_examples} shards."
+      )
+    if not 0 <= self.seed < 2**31:
+      raise errors.UserError(f"seed {self.seed} does not fit; use one from 0 to {2**31 - 1}.")
+    if self.shuffle_window < 1:
+      raise errors.UserError(f"a shuffle window of {self.shuffle_window} records; use at least 1.")
 
 
 def check_evaluation(batch_size: int, process_count: int) -> None:
@@ -30,3 +63,8 @@ def check_evaluation(batch_size: int, process_count: int) -> None:
     raise errors.UserError(
       f"an evaluation batch of {batch_size} does not split over {process_count} hosts; use a multiple."
     )
+
+
+def bounds(num_examples: int, parts: int) -> list[int]:
+  """Returns the parts + 1 ends of consecutive, nearly equal parts: part i holds bounds[i] to bounds[i + 1] - 1."""
+  return [num_examples * part // parts for part in range(parts + 1)]

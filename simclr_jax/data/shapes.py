@@ -3,6 +3,8 @@
 import numpy as np
 
 from simclr_jax import errors
+from simclr_jax.data import arrays, distortion
+from simclr_jax.data import source as source_lib
 
 SPLITS = ("train", "test")
 CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "saltire", "crescent", "bars")
@@ -17,13 +19,32 @@ TURN = 0.3  # radians either way; a plus and a saltire are 0.79 apart
 # Even luma leaves the copies of two images different in colour only, and in grayscale in nothing but shape.
 INK = 0.8
 GROUND = 0.35
-LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
+LUMA = np.array(distortion.LUMA, np.float32)
 WAVE = 0.12  # of luma, at most, in the texture of a copy
 KNOTS = 6  # a side, of the ground's colour
 STROKES = 4
 SECTIONS = np.cumsum([KNOTS * KNOTS * 3, STROKES * 8, 2])  # where the numbers of one image are cut
 NUMBERS = int(SECTIONS[-1]) + COPIES * 12
 BLOCK = 250  # images drawn at once: the working arrays stay in the processor's cache
+
+
+def open(request: source_lib.Request) -> arrays.Arrays:
+  """Returns `request.num_examples` images of a split, of `request.image_size` pixels, drawn from `request.seed`.
+
+  Raises:
+    UserError: there is no such split, or a number is too small.
+  """
+  _check_split(request.split)
+  if request.num_examples < 1:
+    raise errors.UserError(f"{request.num_examples} shapes asked for; set the number of examples to at least 1.")
+  images, labels = draw(request.split, request.num_examples, request.image_size, request.seed)
+  return arrays.Arrays(f"shapes ({request.split})", images, labels, CLASS_NAMES)
+
+
+def split_names(request: source_lib.Request) -> tuple[str, ...]:
+  """Returns the names of the splits, the same for every request."""
+  del request
+  return SPLITS
 
 
 def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,10 +57,7 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
   of grounds, and, as the copies are shifted around the edges by a random amount, what a single
   pixel can be.
   """
-  if split not in SPLITS:
-    raise errors.UserError(
-      f'the shapes have no split "{split}"; their splits: {", ".join(SPLITS)}{errors.nearest(split, SPLITS)}'
-    )
+  _check_split(split)
   if count < 0 or seed < 0 or size < SMALLEST:
     raise errors.UserError(
       f"{count} shapes of {size} pixels from seed {seed}; set a count and a seed of at least 0,"
@@ -54,6 +72,13 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
     block = slice(start, min(start + BLOCK, count))
     images[block] = _draw_block(labels[block], rng.random((block.stop - start, NUMBERS)), size)
   return images, labels
+
+
+def _check_split(split):
+  if split not in SPLITS:
+    raise errors.UserError(
+      f'the shapes have no split "{split}"; their splits: {", ".join(SPLITS)}{errors.nearest(split, SPLITS)}'
+    )
 
 
 def _draw_block(labels, numbers, size):

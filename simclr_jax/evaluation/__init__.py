@@ -1,1 +1,1 @@
-"""What frozen features are worth: features of a split, neighbours, probes, scores, geometry."""
+"""Evaluation of frozen features: of a split, nearest neighbours, linear probes, their selection, scores, geometry."""

@@ -1,93 +1,50 @@
-"""Evaluation of a split, each example exactly once: accuracies, features, and linear probes of them."""
+"""Features of a split: each example exactly once, in the order of its index, on every process."""
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn import linear_model, pipeline, preprocessing
 
+from simclr_jax import errors
 from simclr_jax.hardware import sharding
 
+Batches = Iterable[dict[str, np.ndarray]]
 
-def accuracy(
-  logits_of: Callable[[Any, jax.Array], jax.Array], variables, batches: Iterable[dict[str, np.ndarray]], mesh
-) -> dict[str, float]:
-  """Returns top-1 and top-5 accuracy, mean loss and the number of examples of a whole split.
 
-  Args:
-    logits_of: (variables, f32[B, H, W, 3]) -> f32[B, classes].
-    variables: handed to `logits_of`.
-    batches: this process's rows: `image`, `label`, `mask` (0 marks padding, which counts nowhere).
-    mesh: where the batches go.
+class Features(NamedTuple):
+  """Features of a split with their labels.
+
+  Attributes:
+    x: f[N, D].
+    label: i32[N], or i32[N, K] where an image may have several: 1 yes, 0 no, -1 unknown.
   """
 
-  # Sums are integers or float32 of one batch, added up on the host: exact for any size of split.
-  def count(variables, batch):
-    logits, label, mask = logits_of(variables, batch["image"]), batch["label"], batch["mask"] > 0
-    loss, rank = cross_entropies(logits, label), ranks(logits, label)
-    return {
-      "top1": jnp.sum((rank < 1) & mask),
-      "top5": jnp.sum((rank < 5) & mask),
-      "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
-      "examples": jnp.sum(mask),
-    }
-
-  count = jax.jit(count, out_shardings=sharding.replicated(mesh))
-  totals = dict.fromkeys(("top1", "top5", "loss", "examples"), 0.0)
-  for rows in batches:
-    batch = sharding.global_batch(mesh, {k: rows[k] for k in ("image", "label", "mask")})
-    for name, value in jax.device_get(count(variables, batch)).items():
-      totals[name] += float(value)
-  examples = totals.pop("examples")
-  return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+  x: np.ndarray
+  label: np.ndarray
 
 
-def cross_entropies(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Returns f32[N], the loss of each row of logits f32[N, K], given label i32[N]."""
-  own = jnp.take_along_axis(logits, label[:, None], axis=1)
-  return jax.nn.logsumexp(logits, axis=1) - own[:, 0]
-
-
-def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Returns i32[N]: how many classes come before the right one, 0 where it is the first.
-
-  Among equal logits the lower class comes first, as argmax has it. With logits that are not numbers nothing comes
-  after anything, so that a classifier that diverged is never right.
-
-  Args:
-    logits: f32[N, K].
-    label: i32[N].
-  """
-  own = jnp.take_along_axis(logits, label[:, None], axis=1)
-  not_earlier = jnp.arange(logits.shape[1])[None] >= label[:, None]
-  # What does not come after the right class comes before it: comparisons with NaN are all false.
-  return jnp.sum(~((logits < own) | ((logits == own) & not_earlier)), axis=1)
-
-
-def features(
-  encode: Callable[[Any, jax.Array], jax.Array], variables, batches: Iterable[dict[str, np.ndarray]], mesh
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (features f32[N, D], label i32[N]) of a whole split in the order of `index`, the same on every process.
-
-  A label may be a vector as well: i32[N, K] then.
+def of_split(
+  encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Batches, mesh: jax.sharding.Mesh
+) -> Features:
+  """Returns float32 features and labels of a whole split in the order of `index`, the same on every process.
 
   Args:
     encode: (variables, [B, H, W, 3]) -> [B, D].
-    variables: handed to `encode`.
-    batches: this process's rows: `image`, `label`, `index`, `mask` (0 marks padding, which is dropped); equally many
-      on every process.
-    mesh: where the batches go.
+    variables: passed to `encode`.
+    batches: this process's rows: `image`, `label`, `index`, `mask` (0 marks padding, which is dropped); every process
+      has the same number of batches.
+    mesh: the devices that share each batch.
   """
   table = _feature_table(encode, mesh)(variables, batches)
-  return table["x"], table["label"]
+  return Features(table["x"], table["label"])
 
 
 @functools.lru_cache(maxsize=4)
 def _feature_table(encode, mesh):
-  """Returns the `table_of` of `features`: one compilation for all splits of an encoder."""
+  """Returns the `table_of` that `of_split` uses, cached so that all splits of an encoder share one compilation."""
   rows_of = lambda variables, batch: {
     "x": encode(variables, batch["image"]).astype(jnp.float32),
     "label": batch["label"],
@@ -96,59 +53,65 @@ def _feature_table(encode, mesh):
 
 
 def table_of(
-  rows_of: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh
-) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
-  """Returns (variables, batches) -> what `rows_of` says of each example of a split, by name, in the order of `index`.
+  rows_of: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh: jax.sharding.Mesh
+) -> Callable[[Any, Batches], dict[str, np.ndarray]]:
+  """Returns (variables, batches) -> arrays [N, ...] by name, the outputs of `rows_of` for each example of a split.
 
-  The same on every process. What is returned compiles once, however many splits and variables it is used on.
+  Rows are in the order of `index`, the same on every process. The returned function compiles once for all splits and
+  variables of the same shapes.
 
   Args:
-    rows_of: (variables, batch of `image` and `label`) -> arrays [B, ...] by name.
-    mesh: where the batches go.
+    rows_of: (variables, batch with `image` and `label`) -> arrays [B, ...] by name.
+    mesh: the devices that share each batch.
   """
 
-  def placed(variables, batch):
+  def compute(variables, batch):
     return {"row": rows_of(variables, batch), "index": batch["index"], "mask": batch["mask"]}
 
-  # Whole on every device, so that each process reads all rows, not its own alone.
-  placed = jax.jit(placed, out_shardings=sharding.replicated(mesh))
+  # Replicated, so that each process can read all rows and not only its own.
+  compute = jax.jit(compute, out_shardings=sharding.replicated(mesh))
 
   def read(variables, batches):
     parts = []
     for rows in batches:
       batch = {key: rows[key] for key in ("image", "label", "mask")} | {"index": rows["index"].astype(np.int32)}
-      part = placed(variables, sharding.global_batch(mesh, batch))
-      # The device works on this batch while the last one's rows are fetched.
+      part = compute(variables, sharding.global_batch(mesh, batch))
+      # The previous batch is fetched while the device works on this one.
       parts[-1:] = jax.device_get(parts[-1:])
       parts.append(part)
-    index, mask = (np.concatenate([np.asarray(part[key]) for part in parts]) for key in ("index", "mask"))
-    real = np.flatnonzero(mask > 0)
-    place = np.full(len(index), len(index))
-    place[real[np.argsort(index[real], kind="stable")]] = np.arange(len(real))
-    # Part by part, each let go once its rows are in their places: features of a large split fit into memory once.
-    table = {name: np.empty((len(real), *rows.shape[1:]), rows.dtype) for name, rows in parts[0]["row"].items()}
-    ends = np.cumsum([len(part["index"]) for part in parts])
-    for end in ends[::-1]:
-      part = parts.pop()
-      own = place[end - len(part["index"]) : end]
-      for name, rows in part["row"].items():
-        table[name][own[own < len(index)]] = np.asarray(rows)[own < len(index)]
-    return table
+    return _in_order(parts)
 
   return read
 
 
-def probe_accuracy(train_x, train_y, test_x, test_y, *, regularisation: float = 1.0) -> float:
-  """Returns the held-out accuracy of a logistic regression on standardised fixed features.
+def _in_order(parts):
+  """Returns the rows of all parts by name, sorted by index and without padding; `parts` is emptied."""
+  index, mask = (np.concatenate([np.asarray(part[key]) for part in parts]) for key in ("index", "mask"))
+  real = np.flatnonzero(mask > 0)
+  position = np.full(len(index), len(index))
+  position[real[np.argsort(index[real], kind="stable")]] = np.arange(len(real))
+  # Each part is freed after its rows are copied, so that the features of a large split are in memory once, not twice.
+  table = {name: np.empty((len(real), *rows.shape[1:]), rows.dtype) for name, rows in parts[0]["row"].items()}
+  ends = np.cumsum([len(part["index"]) for part in parts])
+  for end in ends[::-1]:
+    part = parts.pop()
+    own = position[end - len(part["index"]) : end]
+    for name, rows in part["row"].items():
+      table[name][own[own < len(index)]] = np.asarray(rows)[own < len(index)]
+  return table
+
+
+def check_finite(x: np.ndarray, name: str, source: str) -> None:
+  """Raises a UserError if features contain NaN or infinity.
 
   Args:
-    train_x: f32[N, D].
-    train_y: i32[N].
-    test_x: f32[M, D].
-    test_y: i32[M].
-    regularisation: scikit-learn's C, the inverse strength of the L2 penalty.
+    x: f[N, D].
+    name: of the split, for the message.
+    source: the checkpoint, for the message.
   """
-  probe = pipeline.make_pipeline(
-    preprocessing.StandardScaler(), linear_model.LogisticRegression(C=regularisation, max_iter=2000)
-  )
-  return float(probe.fit(train_x, train_y).score(test_x, test_y))
+  # A row's sum is not finite if one of its entries is not; np.isfinite(x) would need an array as large as x.
+  bad = np.count_nonzero(~np.isfinite(x.sum(axis=1, dtype=np.float64)))
+  if bad:
+    raise errors.UserError(
+      f"{bad} of {len(x)} features of {name} are not numbers; checkpoint {source} has diverged, take an earlier one."
+    )

@@ -1,62 +1,121 @@
-"""How well scores of classes fit the labels: top-1, mean per class, and VOC's 11-point mean average precision."""
+"""Scores of classifiers: accuracy of a network on a split, and top-1, mean per class, average precision of a table."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+
+from simclr_jax.evaluation import features
+from simclr_jax.hardware import sharding
 
 
-def top1(scores, y) -> float:
-  """Returns the share of rows whose class has the highest score; of equals the lower class.
+def accuracy(
+  logits_of: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: features.Batches, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+  """Returns top-1 and top-5 accuracy, mean cross-entropy (`loss`) and the number of examples of a whole split.
 
   Args:
-    scores: f[N, K]; a row with what is no number is never right.
+    logits_of: (variables, [B, H, W, 3]) -> f32[B, K].
+    variables: passed to `logits_of`.
+    batches: this process's rows: `image`, `label`, `mask` (0 marks padding, which is not counted).
+    mesh: the devices that share each batch.
+  """
+
+  # Each batch is summed on the devices, as integers and float32, and the batches on the host in float64.
+  def count(variables, batch):
+    logits, label, mask = logits_of(variables, batch["image"]), batch["label"], batch["mask"] > 0
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+    rank = ranks(logits, label)
+    return {
+      "top1": jnp.sum((rank < 1) & mask),
+      "top5": jnp.sum((rank < 5) & mask),
+      "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+      "examples": jnp.sum(mask),
+    }
+
+  count = jax.jit(count, out_shardings=sharding.replicated(mesh))
+  totals = dict.fromkeys(("top1", "top5", "loss", "examples"), 0.0)
+  for rows in batches:
+    batch = sharding.global_batch(mesh, {key: rows[key] for key in ("image", "label", "mask")})
+    for name, value in jax.device_get(count(variables, batch)).items():
+      totals[name] += float(value)
+  examples = totals.pop("examples")
+  return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+
+
+def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns i32[N], the number of classes that rank above the correct one: 0 where the prediction is correct.
+
+  Of equal logits the lower class ranks higher, as in argmax. In a row with NaN every class ranks above the correct
+  one, so that a classifier that diverged is never correct.
+
+  Args:
+    logits: f32[N, K].
+    label: i32[N].
+  """
+  own = jnp.take_along_axis(logits, label[:, None], axis=1)
+  not_lower = jnp.arange(logits.shape[1])[None] >= label[:, None]
+  # Classes that do not rank below are counted, because every comparison with NaN is false.
+  return jnp.sum(~((logits < own) | ((logits == own) & not_lower)), axis=1)
+
+
+def top1(scores: np.ndarray, y: np.ndarray) -> float:
+  """Returns the share of rows whose highest score is that of the correct class; of equal scores the lower class counts.
+
+  Args:
+    scores: f[N, K]; a row with NaN is never correct.
     y: i32[N].
   """
   return float(np.mean(predicted(scores) == y))
 
 
-def mean_per_class(scores, y) -> float:
-  """Returns the mean over the classes that occur in `y` of the share of their rows that `top1` has right.
+def mean_per_class(scores: np.ndarray, y: np.ndarray) -> float:
+  """Returns the mean over the classes in `y` of the share of their rows that is correct, as in `top1`.
 
   Args:
     scores: f[N, K].
     y: i32[N].
   """
-  right = predicted(scores) == y
-  return float(np.mean([np.mean(right[y == label]) for label in np.unique(y)]))
+  correct = predicted(scores) == y
+  return float(np.mean([np.mean(correct[y == label]) for label in np.unique(y)]))
 
 
-def mean_average_precision(scores, y) -> float:
-  """Returns the mean of `average_precision` over the classes that any row shows (PASCAL VOC 2007's mAP).
+def mean_average_precision(scores: np.ndarray, y: np.ndarray) -> float:
+  """Returns the mean of `average_precision` over the classes with at least one positive row (PASCAL VOC 2007's mAP).
 
   Args:
     scores: f[N, K].
-    y: i32[N, K]: 1 yes, 0 no, -1 does not count in this class.
+    y: i32[N, K]: 1 positive, 0 negative, -1 not counted for this class.
   """
-  shown = np.flatnonzero(np.any(y == 1, axis=0))
-  return float(np.mean([average_precision(scores[:, label], y[:, label]) for label in shown]))
+  present = np.flatnonzero(np.any(y == 1, axis=0))
+  return float(np.mean([average_precision(scores[:, label], y[:, label]) for label in present]))
 
 
-def average_precision(scores, y) -> float:
+def average_precision(scores: np.ndarray, y: np.ndarray) -> float:
   """Returns the 11-point interpolated average precision of one class; Everingham et al. 2010, section 4.2.
 
-  The mean over recalls r = 0, 0.1, ..., 1 of the highest precision at any recall of r or more. Rows come in the order
-  of their scores, of equals in their own; scores that are not numbers are worth 0.
+  It is the mean over recalls r = 0, 0.1, ..., 1 of the highest precision at a recall of at least r. Rows are sorted by
+  score, rows with equal scores keep their order; with a NaN among the scores the result is 0.
 
   Args:
     scores: f[N].
-    y: i32[N]: 1 yes, 0 no, -1 does not count; at least one is 1.
+    y: i32[N]: 1 positive, 0 negative, -1 not counted; at least one is 1.
   """
   scores, y = scores[y >= 0], y[y >= 0]
   if np.any(np.isnan(scores)):
     return 0.0
   found = np.cumsum(y[np.argsort(-scores, kind="stable")])
   precision = found / np.arange(1, len(y) + 1)
-  # In whole numbers: 3 of 10 is a recall of 0.3, whatever 3 * 0.1 is in floating point.
+  # In integers, because 3 / 10 is not equal to 3 * 0.1 in floating point.
   reached = [10 * found >= tenths * found[-1] for tenths in range(11)]
-  return float(np.mean([np.max(precision[far]) for far in reached]))
+  return float(np.mean([np.max(precision[at_least]) for at_least in reached]))
 
 
-def predicted(scores) -> np.ndarray:
-  """Returns i64[N], the class with the highest score; -1 in rows with what is no number.
+def predicted(scores: np.ndarray) -> np.ndarray:
+  """Returns i64[N], the class with the highest score; -1 for rows with NaN.
 
   Args:
     scores: f[N, K].

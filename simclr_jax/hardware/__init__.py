@@ -1,1 +1,1 @@
-"""The devices: mesh and placements, facts about chips, and what a program costs."""
+"""The devices: mesh and placements, data of chips, and the cost of a program."""

@@ -1,4 +1,4 @@
-"""Facts about accelerators: memory, peak arithmetic and memory bandwidth, each with its source."""
+"""Data of accelerators: memory, peak FLOP/s and memory bandwidth, each with its source."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ _NVIDIA = "nvidia.com, data sheet"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip, as its maker describes it.
+  """One chip, with the figures that its maker publishes.
 
   Attributes:
-    name: for people.
+    name: for messages.
     memory: bytes of high-bandwidth memory.
-    flops: peak dense matrix FLOP/s with bfloat16 (V100: float16) factors and float32 sums.
-    bandwidth: bytes/s of its memory.
-    source: where these are from.
-    devices: JAX devices of one chip on a machine that has it.
+    flops: peak dense FLOP/s of matrix products in bfloat16 (V100: float16) with float32 accumulation.
+    bandwidth: of the memory, in bytes/s.
+    source: of these figures.
+    devices: number of JAX devices per chip.
   """
 
   name: str
@@ -34,8 +34,8 @@ class Chip:
 
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
 
-# By JAX's `device_kind`. Sparsity never counts.
-CHIPS = {
+# By JAX's `device_kind`; peaks without sparsity.
+CHIPS: dict[str, Chip] = {
   "TPU v2": Chip("TPU v2", 16 * GIB, 45 * TERA, 700 * GIGA, "Norrie et al. 2021, IEEE Micro 41(2), table 1", 2),
   "TPU v3": Chip("TPU v3", 32 * GIB, 123 * TERA, 900 * GIGA, f"{_TPU}/v3", 2),
   "TPU v4": Chip("TPU v4", 32 * GIB, 275 * TERA, 1200 * GIGA, f"{_TPU}/v4"),
@@ -53,21 +53,23 @@ CHIPS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-  """Returns the facts about the chip that `device` is on; None for a CPU or an unknown chip."""
+  """Returns the chip that `device` belongs to; None for a CPU or an unknown chip."""
   return CHIPS.get(device.device_kind)
 
 
 def peak_of(devices: Sequence[jax.Device]) -> float:
-  """Returns the peak FLOP/s of the devices together; 0 where it is unknown."""
+  """Returns the peak FLOP/s of all devices together, which are of one kind; 0 if it is unknown."""
   chip = chip_of(devices[0]) if devices else None
   return len(devices) * chip.flops / chip.devices if chip else 0.0
 
 
 def named(name: str) -> Chip:
-  """Returns the chip that people call so, as `v5e`, `TPU v3` or `H100`, in any case.
+  """Returns the chip with this name or an unambiguous beginning of it, such as `v5e`, `TPU v3` or `H100`.
+
+  Upper and lower case are the same.
 
   Raises:
-    UserError: there is none, or more than one.
+    UserError: no chip or more than one has this name.
   """
   plain = lambda text: text.lower().removeprefix("tpu").replace(" ", "")
   found = [chip for chip in CHIPS.values() if plain(chip.name).startswith(plain(name))] if name else []

@@ -1,4 +1,4 @@
-"""What a program costs: model FLOPs from its trace, memory and collectives from what the compiler made of it."""
+"""The cost of a program: model FLOPs from its jaxpr, memory and collectives from the compiled HLO."""
 
 import collections
 import dataclasses
@@ -16,27 +16,28 @@ Counter = collections.Counter
 
 
 def matrix_flops(function: Callable, *args: Any) -> int:
-  """Returns the FLOPs of the convolutions and matrix products that one call of `function` asks for.
+  """Returns the FLOPs of the convolutions and matrix products in one call of `function`.
 
-  Two for each multiply-add, padding included, as ResNet's published 4.1 billion multiply-adds are counted. Nothing is
-  computed or compiled. A loop's body counts as often as it runs, a rematerialised piece as often as it is written.
+  A multiply-add counts as two, and multiplications with padding count, as in ResNet's published 4.1 billion
+  multiply-adds. Nothing is computed or compiled. The body of a scan counts once per iteration; rematerialised code
+  counts as often as it stands in the jaxpr.
 
   Args:
-    function: anything that JAX can trace.
+    function: a traceable function.
     *args: arrays or their shapes.
   """
   return _flops_of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def flops_by_module(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], int]:
-  """Returns the FLOPs of each convolution and dense layer of one call of a network, by its path in the tree.
+  """Returns the FLOPs of each convolution and dense layer in one call of a network, by path in the parameter tree.
 
-  Counted as in `matrix_flops`; nothing is computed or compiled.
+  FLOPs are counted as in `matrix_flops`; nothing is computed or compiled.
 
   Args:
     model: the network.
-    variables: its own, or their shapes.
-    *args, **kwargs: of the call; arrays may be shapes.
+    variables: the network's arrays or their shapes.
+    *args, **kwargs: arguments of the call; arrays may be shapes.
   """
   found = Counter()
 
@@ -62,7 +63,7 @@ def _flops_of(jaxpr) -> int:
       total += 2 * out * math.prod(shapes[0][axis] for axis in contracted)
     elif name == "conv_general_dilated":
       spec = params["dimension_numbers"].rhs_spec
-      # The kernel's input channels are those of one group already.
+      # The kernel's input channels are those of one group.
       taps = math.prod(shapes[1][axis] for axis in spec[1:])
       total += 2 * math.prod(equation.outvars[0].aval.shape) * taps
     else:
@@ -82,14 +83,14 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind of exchange between the devices in a compiled program.
+  """One collective operation in a compiled program.
 
   Attributes:
     kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-    purpose: `loss`, `batch norm`, or `parameters` (their gradients, and gathering them where they are split).
-    calls: times that one step runs it.
-    bytes: what each device ends up with or puts in, whichever is more, over all calls.
-    shapes: of its results, as the program has them.
+    purpose: `loss`, `batch norm` or `parameters` (all-reduce of gradients, all-gather of split parameters).
+    calls: number of calls in one run of the program.
+    bytes: size of the operand or of the result on one device, whichever is larger, times `calls`.
+    shapes: of the results, in HLO notation.
   """
 
   kind: str
@@ -100,7 +101,7 @@ class Collective:
 
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-# An asynchronous pair counts where it is done: the start's result holds operands and scratch too.
+# An asynchronous pair counts at its -done: the result of the -start holds operands and scratch space as well.
 _OPERATION = re.compile(rf"= (?P<result>.*?) (?P<kind>{_KINDS})(?P<phase>-start|-done)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
@@ -108,11 +109,11 @@ _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s16": 2, 
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-  """Returns the exchanges of one run of a compiled program over so many devices, those of a loop's body once a turn.
+  """Returns the collectives in one run of a compiled program; those in a loop count once per iteration.
 
   Args:
     hlo: text of the compiled module, of any backend.
-    devices: that share the program.
+    devices: number of devices that run the program.
   """
   bodies, entry = _computations(hlo)
   runs = _runs(bodies, entry)
@@ -141,28 +142,28 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(bodies: dict[str, list[str]], entry: str) -> Counter:
-  """Returns how often each computation runs."""
+  """Returns the number of runs of each computation."""
   runs = Counter()
 
   def visit(name, times):
     runs[name] += times
     for line in bodies.get(name, ()):
-      # What completes or updates an asynchronous call names the same computation once more.
+      # These lines belong to an async-start and name the same computation again.
       if re.search(r" async-(done|update)\(", line):
         continue
       for called in _CALLED.findall(line):
         for inner in called.split(", "):
-          visit(inner, times * (_turns(bodies, line) if " while(" in line else 1))
+          visit(inner, times * (_iterations(bodies, line) if " while(" in line else 1))
 
   visit(entry, 1)
   return runs
 
 
-def _turns(bodies: dict[str, list[str]], loop: str) -> int:
-  """Returns how often a while loop turns: told by the compiler, or the bound that its condition compares with."""
-  told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
-  if told:
-    return int(told[1])
+def _iterations(bodies: dict[str, list[str]], loop: str) -> int:
+  """Returns the trip count of a while loop: the compiler's, or the bound in the loop's condition."""
+  known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
+  if known:
+    return int(known[1])
   condition = bodies[re.search(r"condition=(%[\w.\-]+)", loop)[1]]
   bounds = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
   return max(bounds, default=1)
@@ -175,7 +176,7 @@ def _size(shape: str) -> int:
 
 def _purpose(line: str, lines: list[str], shapes: tuple[str, ...]) -> str:
   if "op_name" not in line:
-    # What the compiler wrote itself does not say where it is from; what it takes, or what takes it, may.
+    # Operations that the compiler inserted have no op_name; that of a producer or a consumer serves instead.
     own, *operands = re.findall(r"%[\w.\-]+", line.partition("), ")[0])
     related = re.compile(
       "|".join([rf"^\s*(?:ROOT )?{re.escape(x)} =" for x in operands] + [rf"= .*{re.escape(own)}\b"])
@@ -183,16 +184,17 @@ def _purpose(line: str, lines: list[str], shapes: tuple[str, ...]) -> str:
     line = next((other for other in lines if "op_name" in other and related.search(other)), line)
   path = re.search(r'op_name="([^"]*)"', line)
   names = path[1].split("/") if path else []
+  # The compiler may merge the all-reduce of the loss's scalars with that of the gradients, under the name of either: a
+  # collective is the loss's only with one result, or with scalars alone.
   if "shard_map" in names and (len(shapes) == 1 or set(shapes) <= {"f32[]", "f64[]"}):
     return "loss"
-  # Compilers merge exchanges, as the gradients' with the loss's scalars, and name the whole after one of them.
   if any(re.fullmatch(r"(\w+_)?bn\d*", name) for name in names):
     return "batch norm"
   return "parameters"
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Returns the bytes that one device holds of a tree of placed arrays or shapes."""
+  """Returns the bytes on one device of a tree of arrays, or of shapes with placements."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
   )

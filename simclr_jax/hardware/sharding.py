@@ -1,4 +1,4 @@
-"""The mesh and the placements: one axis, `data`, over all devices."""
+"""The device mesh with its one axis `data`, and placements of arrays on it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,19 +11,19 @@ from simclr_jax import errors
 
 AXIS = "data"
 
-# Smaller arrays are replicated in any case: to gather one takes longer than its memory is worth.
+# Smaller arrays stay replicated: gathering them costs more time than splitting them saves memory.
 SMALLEST_SPLIT = 2**14
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Returns a 1-D mesh over the devices (default: all), each process's together, in process order."""
+  """Returns a 1-D mesh over the devices (default: all), those of each process adjacent, in process order."""
   devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
   # Explicit axes, the default of jax.make_mesh, reject `z @ z.T`.
   return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the placement of what every device holds whole."""
+  """Returns the placement of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -32,10 +32,46 @@ def batched(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def split_arrays(tree: Any, mesh: Mesh) -> Any:
-  """Returns a tree of placements that cuts every large array into as many parts as there are devices.
+def replicate(array: np.ndarray, mesh: Mesh, rows: int | None = None, dtype: Any = None) -> jax.Array:
+  """Returns an array whole on every device of the mesh.
 
-  Along its longest dimension that divides (of equals the last one); arrays without one, and small ones, are replicated.
+  Args:
+    array: the same on every process.
+    mesh: the devices.
+    rows: length of the result, padded with zeros; None for the array's own.
+    dtype: of the result; None for the array's own.
+  """
+  return _placed(array, replicated(mesh), len(array) if rows is None else rows, dtype)
+
+
+def place_rows(array: np.ndarray, mesh: Mesh, rows: int | None = None, dtype: Any = None) -> jax.Array:
+  """Returns an array with its rows split over the devices of the mesh; each device's part is padded and cast alone.
+
+  Args:
+    array: the same on every process.
+    mesh: the devices.
+    rows: length of the result, padded with zeros; a multiple of the devices. None for the smallest one.
+    dtype: of the result; None for the array's own.
+  """
+  return _placed(array, batched(mesh), -(-len(array) // mesh.size) * mesh.size if rows is None else rows, dtype)
+
+
+def _placed(array: np.ndarray, placement: NamedSharding, rows: int, dtype: Any) -> jax.Array:
+  def part(index):
+    own = np.asarray(array[index], dtype)
+    begin, end, _ = index[0].indices(rows)
+    missing = end - begin - len(own)
+    return np.concatenate([own, np.zeros((missing, *own.shape[1:]), own.dtype)]) if missing else own
+
+  # Not device_put, which compares the array between processes.
+  return jax.make_array_from_callback((rows, *array.shape[1:]), placement, part)
+
+
+def split_arrays(tree: Any, mesh: Mesh) -> Any:
+  """Returns a tree of placements that splits every large array over the devices.
+
+  Along its longest dimension that the number of devices divides (the last one of equals). Arrays without such a
+  dimension and small ones are replicated.
   """
 
   def place(array):
@@ -48,17 +84,17 @@ def split_arrays(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(place, tree)
 
 
-def gathered(mesh: Mesh) -> Callable[[Any], Any]:
-  """Returns the function that makes split parameters whole on every device, and splits their gradients again.
+def gather_params(mesh: Mesh) -> Callable[[Any], Any]:
+  """Returns the function that gathers split parameters on every device, and splits their gradients.
 
-  Said outright, because the compiler may otherwise split the convolutions by channels and move activations instead.
+  Without it the compiler may split the convolutions by channels and exchange activations instead.
   """
 
   @jax.custom_vjp
   def gather(params):
     return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
-  # The transpose of a constraint is the same constraint: it would make the gradients whole as well.
+  # The transpose of a constraint is the same constraint, which would replicate the gradients.
   gather.defvjp(
     lambda params: (gather(params), None),
     lambda _, grads: (jax.lax.with_sharding_constraint(grads, split_arrays(grads, mesh)),),
@@ -75,7 +111,7 @@ def global_batch(mesh: Mesh, local_rows: Any) -> Any:
 
 
 def check_divisible(batch_size: int, mesh: Mesh, *, micro_batches: int = 1, name: str = "batch_size") -> None:
-  """Raises a UserError, about `name`, unless the batch, in so many parts, splits evenly over the devices."""
+  """Raises a UserError that names the key `name` unless each micro-batch splits evenly over the devices."""
   if micro_batches < 1:
     raise errors.UserError(f"micro_batches is {micro_batches}; use 1 for the batch as a whole, or more.")
   parts = mesh.size * micro_batches

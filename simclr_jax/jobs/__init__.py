@@ -1,1 +1,9 @@
-"""The jobs, one file each: what `python -m simclr_jax JOB` runs."""
+"""The jobs, one file each: `run(config, workdir, **options)`; its docstring is its help."""
+
+JOBS = (
+  *("pretrain", "linear_eval", "finetune", "distill", "knn", "transfer", "embed"),
+  *("study", "convert", "demo", "plan", "bench"),
+)
+
+# Their `run` takes no config.
+WITHOUT_CONFIG = ("bench", "convert")

@@ -17,101 +17,103 @@ Figures are medians of --rounds=5. PyTorch and lightly take part where they are 
 line to results/bench.jsonl of a checkout.
 """
 
-import json
+import importlib
 import os
+from typing import Any
 
 from etils import epath
 
-from benchmarks import accelerator, cifar, host_input, loss, measure, resident, step
-from simclr_jax import errors
+from simclr_jax import errors, files
+from simclr_jax.version import __version__
 
-SIZES = "1024,2048,4096,8192,16384,32768,65536"
+SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SECTIONS = ("loss", "input", "step", "resident")
 GPU_SECTIONS = ("resnet50", "cifar")
-# What stands for the accelerator's batches where the network is a tiny one.
-SMALL_BATCHES = "8"
+# In place of the accelerator's batches where the network is a tiny one.
+SMALL_BATCHES = (8,)
 
 
 def run(
   workdir: str,
   *,
-  only: str = "",
-  sizes: str = SIZES,
+  only: tuple[str, ...] = (),
+  sizes: tuple[int, ...] = SIZES,
   data_dir: str = "",
-  rounds: str = str(measure.ROUNDS),
-  gpu: str = "",
-  small: str = "",
-  batches: str = "",
+  rounds: int = 5,
+  gpu: bool = False,
+  small: bool = False,
+  batches: tuple[int, ...] = (),
   npz: str = "",
-  epochs: str = "200",
-  steps: str = "0",
-) -> dict:
+  epochs: float = 200.0,
+  steps: int = 0,
+) -> dict[str, Any]:
   """Prints the sections and returns what `workdir`/bench.json holds: the circumstances, each section, the headlines."""
   given = {name: value for name, value in locals().items() if name != "workdir"}
   known = GPU_SECTIONS if gpu else SECTIONS
-  names = only.split(",") if only else known
-  for name in names:
+  for name in only:
     if name not in known:
       raise errors.UserError(
-        f"--only={only}: no section {name!r}{errors.nearest(name, known)}; use {', '.join(known)}."
+        f"--only={','.join(only)}: no section {name!r}{errors.nearest(name, known)}; use {', '.join(known)}."
       )
   for option, path, is_there in (("data_dir", data_dir, os.path.isdir), ("npz", npz, os.path.isfile)):
     if path and not is_there(path):
       raise errors.UserError(f"--{option}={path} does not exist; give one that does, or leave it out.")
   if small and not gpu:
     raise errors.UserError("--small is for --gpu; the other sections have --rounds, and --sizes for the loss.")
-  count = int(_number("rounds", rounds, least=1))
-  n = loss.parsed(sizes)
-  batch_sizes = _batches(batches or (SMALL_BATCHES if small else accelerator.BATCHES))
-  tiny = {"small": bool(small)}
-  length = {"epochs": _number("epochs", epochs, least=0), "steps": int(_number("steps", steps, least=0))}
-  sections = {
-    "loss": lambda: loss.run(n),
-    "input": lambda: host_input.run(data_dir, count),
-    "step": lambda: step.run(rounds=count),
-    "resident": lambda: resident.run(rounds=count),
-    "resnet50": lambda: accelerator.run(data_dir=data_dir, batches=batch_sizes, rounds=count, **tiny),
-    "cifar": lambda: cifar.run(workdir, npz=npz, **length, **tiny),
-  }
-  result = measure.circumstances(_command(given))
+  measure, sections = _module("measure"), _sections(workdir, given)
+  result = measure.circumstances(_command(given)) | {"version": __version__}
   machine = f"{result['machine']['cores']} cores of {result['machine']['cpu']}"
   measure.say(f"{result['device']}, {machine}, jax {result['jax']}, commit {result['commit']}")
   path = epath.Path(workdir) / "bench.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
   result |= {"headline": {}, "sections": {}}
-  for name in names:
+  for name in only or known:
     measure.say(f"\n{name}\n")
     section = sections[name]()
     result["headline"] |= {name: section.get("headline", {})}
     result["sections"] |= {name: section}
     # After each, because what follows may take hours.
-    path.write_text(json.dumps(result, indent=2) + "\n")
-  # What was only tried is no result.
+    files.write_json(path, result)
+  # A trial on a tiny network is no result.
   line = None if small else measure.record({key: value for key, value in result.items() if key != "sections"})
   measure.say(f"\n{path}" + (f"\n{line}" if line else ""))
   return result
 
 
-def _command(given: dict[str, str]) -> str:
+def _sections(workdir: str, given: dict[str, Any]) -> dict[str, Any]:
+  """Returns what measures each section, called without arguments."""
+  rounds, data_dir, tiny = given["rounds"], given["data_dir"], {"small": given["small"]}
+  accelerator = _module("accelerator")
+  batches = given["batches"] or (SMALL_BATCHES if given["small"] else accelerator.BATCHES)
+  length = {"epochs": given["epochs"], "steps": given["steps"]}
+  return {
+    "loss": lambda: _module("loss").run(given["sizes"]),
+    "input": lambda: _module("host_input").run(data_dir, rounds),
+    "step": lambda: _module("step").run(rounds=rounds),
+    "resident": lambda: _module("resident").run(rounds=rounds),
+    "resnet50": lambda: accelerator.run(data_dir=data_dir, batches=batches, rounds=rounds, **tiny),
+    "cifar": lambda: _module("cifar").run(workdir, npz=given["npz"], **length, **tiny),
+  }
+
+
+def _module(name: str) -> Any:
+  try:
+    return importlib.import_module(f"benchmarks.{name}")
+  except ModuleNotFoundError as error:
+    if error.name not in ("benchmarks", f"benchmarks.{name}"):
+      raise
+    raise errors.UserError(
+      "bench measures with the folder benchmarks/ of a checkout, which an installed package does not have; clone the "
+      "repository and run `pip install -e .` there."
+    ) from None
+
+
+def _command(given: dict[str, Any]) -> str:
   """Returns the command line that gives these options."""
   defaults = run.__kwdefaults__
-  options = [f"--{name}={value}" for name, value in given.items() if value != defaults[name]]
-  options = [option.removesuffix("=true") for option in options]
+  as_text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+  options = [
+    f"--{name}" if value is True else f"--{name}={as_text(value)}"
+    for name, value in given.items()
+    if value != defaults[name]
+  ]
   return " ".join(["python -m simclr_jax bench", *options])
-
-
-def _number(option: str, text: str, *, least: float) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = -1.0
-  if not least <= value < 1e9:
-    raise errors.UserError(f"--{option}={text} is not a number from {least:g}; give one, such as --{option}=5.")
-  return value
-
-
-def _batches(text: str) -> list[int]:
-  parts = text.split(",")
-  if not all(part.isdecimal() and int(part) > 1 for part in parts):
-    raise errors.UserError(f"--batches={text} is not a list of batch sizes; give numbers from 2, such as 256,128.")
-  return [int(part) for part in parts]

@@ -16,18 +16,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from simclr_jax import __main__ as command
-from simclr_jax import errors, inference
+from simclr_jax import config as config_lib
+from simclr_jax import errors, network
 from simclr_jax.hardware import sharding
-from simclr_jax.jobs import setup
 from simclr_jax.models import simclr
-from simclr_jax.released import architecture
-from simclr_jax.released import files as reference_files
-from simclr_jax.released import names as reference
+from simclr_jax.released import architecture, files, names
 from simclr_jax.training import checkpoint, telemetry
 from simclr_jax.training import state as state_lib
 
@@ -35,28 +32,24 @@ from simclr_jax.training import state as state_lib
 SMALL_DATA = {0: "cifar10", 10: "cifar10", 100: "cifar100"}
 
 
-def run(workdir: str, *, source: str = "", ema: str = "", classifier_layer: str = "0", image_size: str = "") -> None:
+def run(workdir: str, *, source: str = "", ema: bool = False, classifier_layer: int = 0, image_size: int = 0) -> None:
   """Writes the network in `source` as `workdir/checkpoints/0`, and says what it is."""
   if not source:
     raise errors.UserError("convert has no --source; give a checkpoint or SavedModel of the reference.")
-  if ema not in ("", "true"):
-    raise errors.UserError(f"--ema={ema}; give --ema alone, or leave it out.")
-  asked = setup.number("classifier_layer", classifier_layer, int, lambda x: x >= -1, "0, 1, ... or -1 for the last one")
-  size = setup.number("image_size", image_size, int, lambda x: x > 0, "pixels") if image_size else 0
-  contents = reference_files.read(source, ema=bool(ema))
+  contents = files.read(source, ema=ema)
   tree = from_reference(contents.variables)
   shapes = {name: np.shape(value) for name, value in contents.variables.items()}
   found = architecture.of(shapes)
-  layer = _layer(asked, found)
-  config = config_of(found, size)
+  layer = _layer(classifier_layer, found)
+  config = config_of(found, image_size)
   check(config, found, layer, shapes)
-  checkpoint.claim_workdir(
+  config_lib.claim(
     workdir,
     {**config.to_dict(), "convert": {"source": source, "weights": _checksum(contents.variables), "layer": layer}},
     "convert",
     free=("convert.source",),
   )
-  # There is nothing to compute: one device of each process holds it.
+  # Nothing is computed: one device of each process holds the arrays.
   mesh = sharding.data_mesh(list({device.process_index: device for device in jax.devices()}.values()))
   state = state_lib.TrainState(np.zeros((), np.int32), tree["params"], tree["batch_stats"], opt_state=())
   checkpoints = checkpoint.Checkpoints(
@@ -68,40 +61,18 @@ def run(workdir: str, *, source: str = "", ema: str = "", classifier_layer: str 
 
 
 def from_reference(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns `{"params": ..., "batch_stats": ...}` from arrays under the reference's TF1 names.
-
-  Under each are the keys `encoder`, `projection_head` and `linear_head`, as far as variables of
-  that part are given; depth, width, stem, selective kernels and number of projection layers are
-  those of the variables. Arrays are passed on as they are, in their own type. Every name must
-  belong to the network and every variable of a part that is there must be given.
-
-  Args:
-    variables: for example `{"base_model/conv2d/kernel": f32[7, 7, 3, 64], ...}`.
-  """
-  if not variables:
-    raise errors.UserError("no variables came; give arrays under the reference's checkpoint names.")
-  paths = reference.paths({name: np.shape(value) for name, value in variables.items()})
-  for name in variables:
-    if name not in paths:
-      raise errors.UserError(
-        f'unknown variable "{name}"; give weights and moving statistics alone, without optimizer '
-        f"slots, averages and global_step{errors.nearest(name, paths.keys() - variables.keys())}"
-      )
-  for name in paths:
-    if name not in variables:
-      raise errors.UserError(f'"{name}" is missing from the variables of this network; add it.')
-  flat = {path: variables[name] for name, path in paths.items()}
-  return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(flat)
+  """Returns `{"params": ..., "batch_stats": ...}` from arrays under the reference's TF1 names; see `names.tree_of`."""
+  return names.tree_of(variables)
 
 
-def config_of(found: architecture.Architecture, image_size: int):
-  """Returns the base config with this network in it; what trained it (loss, optimizer, batch) no file says.
+def config_of(found: architecture.Architecture, image_size: int) -> ml_collections.ConfigDict:
+  """Returns the default config with this network in it; what trained it (loss, optimizer, batch) no file says.
 
   Args:
     found: the network.
     image_size: pixels; 0 for what its stem is for.
   """
-  config = command.load_config(str(command.ROOT / "configs" / "base.py"), {})
+  config = config_lib.defaults()
   config.model.update(found.encoder)
   config.head.layers = found.layers
   if found.layers:
@@ -112,21 +83,26 @@ def config_of(found: architecture.Architecture, image_size: int):
   config.data.name = SMALL_DATA.get(found.classes, "imagenet2012") if small else "imagenet2012"
   config.data.eval_split = "validation" if config.data.name == "imagenet2012" else "test"
   config.data.cache = config.data.name != "imagenet2012"
-  return config
+  return config.lock()
 
 
-def check(config, found: architecture.Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check(
+  config: ml_collections.ConfigDict,
+  found: architecture.Architecture,
+  layer: int,
+  shapes: Mapping[str, tuple[int, ...]],
+) -> None:
   """Raises a UserError that names the first variable whose shape is not that of the config's network."""
-  encoder = inference.encoder_of(config.model)
-  projection = setup.projection_head_of(config) if found.layers else None
+  parts = network.Network(config)
+  projection = parts.projection_head() if found.layers else None
   if found.classes:
-    model = simclr.Classifier(encoder, setup.linear_head_of(config, found.classes), projection, layer)
+    model = simclr.Classifier(parts.encoder(), parts.linear_head(found.classes), projection, layer)
   else:
-    model = simclr.Representation(encoder, projection)
-  images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
-  tree = jax.eval_shape(lambda images: model.init(jax.random.key(0), images, train=False), images)
-  wanted = traverse_util.flatten_dict(tree)
-  for name, path in reference.paths(shapes).items():
+    model = simclr.Representation(parts.encoder(), projection)
+  mesh = sharding.data_mesh(jax.local_devices()[:1])
+  params, batch_stats = state_lib.abstract_variables(model, config.data.image_size, mesh)
+  wanted = traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats})
+  for name, path in names.paths(shapes).items():
     if wanted[path].shape != shapes[name]:
       raise errors.UserError(
         f'"{name}" has shape {list(shapes[name])}, but {list(wanted[path].shape)} in {_described(found)}; '

@@ -5,19 +5,21 @@ encoder trained with labels, all on held-out images, and draws the figures. Need
 gives both.
 """
 
-import json
 import time
 
+import ml_collections
 import numpy as np
 from etils import epath
 
-from simclr_jax import figures, inference
-from simclr_jax.evaluation import features as evaluation
-from simclr_jax.jobs import finetune, linear_eval, pretrain, setup
+from simclr_jax import config as config_lib
+from simclr_jax import experiment, figures, inference
+from simclr_jax.data import source
+from simclr_jax.evaluation import probes
+from simclr_jax.jobs import finetune, linear_eval, pretrain
 from simclr_jax.training import telemetry
 
 
-def run(config, workdir: str) -> dict[str, float]:
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   """Runs the jobs in sub-folders of `workdir`, prints the table, and returns held-out accuracy by method."""
   begin = time.monotonic()
   folder = epath.Path(workdir)
@@ -35,12 +37,13 @@ def run(config, workdir: str) -> dict[str, float]:
   say("2/5 linear classifier on the frozen SimCLR encoder")
   simclr = accuracy_of(linear_eval, "linear_simclr", str(folder / "pretrain"))
   say("3/5 linear classifier on the same encoder as initialised")
-  random = accuracy_of(linear_eval, "linear_random", setup.RANDOM)
+  random = accuracy_of(linear_eval, "linear_random", config_lib.RANDOM)
   say("4/5 the same encoder trained with all labels")
   supervised = accuracy_of(finetune, "supervised", "")
   say("5/5 linear classifier on raw pixels, and the map of the features")
-  train, held_out = (_images(config, split) for split in (config.data.train_split, config.data.eval_split))
-  pixels = evaluation.probe_accuracy(
+  images = experiment.Experiment(config, "demo")
+  train, held_out = (_arrays(images, split) for split in (images.train, images.held_out))
+  pixels = probes.probe_accuracy(
     train[0].reshape(len(train[0]), -1),
     train[1],
     held_out[0].reshape(len(held_out[0]), -1),
@@ -48,7 +51,7 @@ def run(config, workdir: str) -> dict[str, float]:
     regularisation=1e-3,
   )
   encode, _ = inference.load_encoder(str(folder / "pretrain"))
-  names = setup.source_of(config, config.data.eval_split).class_names
+  names = images.held_out.class_names
   path = str(folder / "figures" / "features.png")
   shown = slice(0, 1500)  # More points hide each other.
   figures.embedding_map(
@@ -58,14 +61,15 @@ def run(config, workdir: str) -> dict[str, float]:
     (folder / "pretrain" / "figures" / name).copy(folder / "figures" / name, overwrite=True)
 
   result = {"raw pixels": pixels, "random encoder": random, "SimCLR": simclr, "supervised": supervised}
-  (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+  telemetry.write_result(workdir, result)
   print(_table(result, len(held_out[1])), flush=True)
   say(f"done. Figures: {folder / 'figures'}; metrics, checkpoints and TensorBoard files beside them.")
   return result
 
 
-def _images(config, split: str) -> tuple[np.ndarray, np.ndarray]:
-  parts = list(setup.evaluation_rows(config, setup.source_of(config, split))())
+def _arrays(this: experiment.Experiment, images: source.Source) -> tuple[np.ndarray, np.ndarray]:
+  """Returns f32 or u8 [N, H, W, 3], the split as the network sees it in evaluation, and label i32[N]."""
+  parts = list(this.rows(images)())
   table = {key: np.concatenate([part[key] for part in parts]) for key in ("image", "label", "mask")}
   return table["image"][table["mask"] > 0], table["label"][table["mask"] > 0]
 

@@ -19,25 +19,26 @@ import importlib.util
 import io
 import json
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import auto as tqdm
 
-from simclr_jax import errors
-from simclr_jax.data import subset
-from simclr_jax.evaluation import features as evaluation
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment, files, inference
+from simclr_jax.data import inputs, source
+from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
-from simclr_jax.jobs import knn, representation, setup
 from simclr_jax.training import checkpoint, telemetry
 
-JOB = "embed"
-
-# Images from another folder are another result.
-FREE_KEYS = tuple(key for key in setup.FREE_KEYS if key != "data.dir")
+# Images of another folder are another result.
+FREE = tuple(key for key in config_lib.FREE if key != "data.dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,66 +50,64 @@ class Part:
   end: int
 
 
-def run(config, workdir: str) -> dict:
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Returns (and writes to `result.json`) what the files that it leaves in `workdir` hold."""
   keys = config.embed
-  setup.choice("embed.format", keys.format, WRITERS)
   if keys.rows_per_file < 1:
     raise errors.UserError(f"config.embed.rows_per_file is {keys.rows_per_file}; use 1 or more, such as 8192.")
   if keys.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
     raise errors.UserError("config.embed.format parquet is written by pyarrow, which is not installed; use npz.")
-  setup.mesh_for(config, ("eval_batch_size", config.eval_batch_size))
-  # Each process by itself, on files of its own: nothing has to travel between them.
-  mesh = sharding.data_mesh(jax.local_devices())
-  source = setup.source_of(config, keys.split)
-  if not source.num_examples:
-    raise errors.UserError(f"{source.name} has no images; choose another --config.embed.split.")
-  if config.checkpoint not in ("", setup.RANDOM):
-    # Of a run that goes on, all files are of one checkpoint.
+  if config_lib.names_run(config.checkpoint):
+    # A pretraining that still runs saves newer checkpoints; all files are of one.
     config = config.copy_and_resolve_references()
-    config.checkpoint = str(checkpoint.find(config.checkpoint))
-  encode, variables = representation.load(config, mesh, job=JOB)
-  checkpoint.claim_workdir(workdir, config.to_dict(), JOB, FREE_KEYS)
-  _claim_contents(workdir, source)
+    config.checkpoint = str(checkpoint.open(config.checkpoint).path)
+  this = experiment.Experiment(config, "embed", workdir)
+  # Each process embeds by itself, into files of its own: no array travels between processes.
+  mesh = sharding.data_mesh(jax.local_devices())
+  images = this.images_of(keys.split)
+  if not images.num_examples:
+    raise errors.UserError(f"{images.name} has no images; choose another --config.embed.split.")
+  frozen = inference.representation(this, mesh)
+  this.claim(FREE)
+  _claim_contents(workdir, images)
 
-  parts = _parts(epath.Path(workdir), source.num_examples, keys)
-  dimension = _write_missing(config, source, _own(parts), encode, variables, mesh)
-  multihost_utils.sync_global_devices(f"{JOB}: all files are written")
+  parts = _parts(epath.Path(workdir), images.num_examples, keys)
+  dimension = _write_missing(this, images, _own(parts), frozen, mesh)
+  multihost_utils.sync_global_devices("embed: all files are written")
   result = {
-    "examples": source.num_examples,
+    "examples": images.num_examples,
     "dimension": dimension,
     "files": [part.path.name for part in parts],
     "rows_per_file": keys.rows_per_file,
     "format": keys.format,
-    "source": source.name,
-    "class_names": list(source.class_names),
+    "source": images.name,
+    "class_names": list(images.class_names),
     "checkpoint": config.checkpoint,
-    "layer": setup.layer_of(config, "evaluate_from"),
+    "layer": frozen.layer,
     "image_size": config.data.image_size,
   }
-  if jax.process_index() == 0:
-    lost = [part.path.name for part in parts if not part.path.exists()]
-    if lost:
-      raise errors.UserError(f"{workdir} lacks {lost[0]}, which another process wrote; give a folder that all share.")
-    telemetry.write_json(epath.Path(workdir) / "result.json", result)
+  lost = [part.path.name for part in parts if not part.path.exists()] if jax.process_index() == 0 else []
+  if lost:
+    raise errors.UserError(f"{workdir} lacks {lost[0]}, which another process wrote; give a folder that all share.")
+  telemetry.write_result(workdir, result)
   return result
 
 
-def _claim_contents(workdir: str, source) -> None:
+def _claim_contents(workdir: str, images: source.Source) -> None:
   """Writes `contents.json`, or checks that the files in the folder are of these very images."""
   path = epath.Path(workdir) / "contents.json"
   # Names that would have to be read from the records first are not compared.
-  names = hashlib.sha256("\n".join(source.names).encode()).hexdigest() if source.names else ""
-  ours = {"examples": source.num_examples, "names_sha256": names}
+  names = hashlib.sha256("\n".join(images.names()).encode()).hexdigest() if images.has_names else ""
+  ours = {"examples": images.num_examples, "names_sha256": names}
   if path.exists():
     theirs = json.loads(path.read_text())
     if theirs != ours:
       raise errors.UserError(
-        f"workdir {workdir} holds features of {theirs['examples']} images of {source.name}, which now has other ones "
+        f"workdir {workdir} holds features of {theirs['examples']} images of {images.name}, which now has other ones "
         f"({ours['examples']}); choose another --workdir."
       )
   elif jax.process_index() == 0:
-    telemetry.write_json(path, ours)
+    files.write_json(path, ours)
 
 
 def _parts(folder: epath.Path, examples: int, keys) -> list[Part]:
@@ -130,44 +129,43 @@ def _own(parts: list[Part]) -> list[Part]:
   return parts[len(parts) * index // count : len(parts) * (index + 1) // count]
 
 
-def _write_missing(config, source, parts: list[Part], encode, variables, mesh) -> int:
+def _write_missing(
+  this: experiment.Experiment,
+  images: source.Source,
+  parts: list[Part],
+  frozen: inference.Representation,
+  mesh: jax.sharding.Mesh,
+) -> int:
   """Writes those of the files that are not there yet, and returns the number of features of an image."""
-  embed = lambda variables, images: encode(variables, images).astype(jnp.float32)
+  embed = lambda variables, batch: frozen.encode(variables, batch).astype(jnp.float32)
   rows_of = lambda variables, batch: {"features": embed(variables, batch["image"]), "label": batch["label"]}
-  table_of = evaluation.table_of(rows_of, mesh)
+  table_of = features.table_of(rows_of, mesh)
   missing = [part for part in parts if not part.path.exists()]
   rows = sum(part.end - part.begin for part in missing)
   begin = time.monotonic()
-  with tqdm.tqdm(total=rows, desc=JOB, unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+  with tqdm.tqdm(total=rows, desc="embed", unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
     for part in missing:
-      held = subset.consecutive(source, part.begin, part.end)
-      batches = setup.evaluation_rows(config, held, shared=False)()
-      table = table_of(variables, _counted(batches, bar))
-      knn.check_finite(table["features"], held.name, config.checkpoint)
+      held = images.consecutive(part.begin, part.end)
+      table = table_of(frozen.variables, _counted(this.rows(held, shared=False)(), bar))
+      features.check_finite(table["features"], held.name, this.config.checkpoint)
       index = np.arange(part.begin, part.end, dtype=np.int64)
-      _write(part.path, {"name": subset.names_of(held), **table, "index": index}, WRITERS[config.embed.format])
+      table = {"name": held.names(), **table, "index": index}
+      files.write_bytes(part.path, WRITERS[this.config.embed.format](table))
   seconds = time.monotonic() - begin
   telemetry.log.info(
-    "%s: %d images in %d files in %.1f s, %.0f images/s with compilation; %d files were there before.",
-    *(JOB, rows, len(missing), seconds, rows / seconds, len(parts) - len(missing)),
+    "embed: %d images in %d files in %.1f s, %.0f images/s with compilation; %d files were there before.",
+    *(rows, len(missing), seconds, rows / seconds, len(parts) - len(missing)),
   )
-  size = config.data.image_size
-  images = jax.ShapeDtypeStruct((mesh.size, size, size, 3), jnp.float32)
-  return jax.eval_shape(embed, variables, images).shape[1]
+  size = this.config.data.image_size
+  image = jax.ShapeDtypeStruct((mesh.size, size, size, 3), jnp.float32)
+  return jax.eval_shape(embed, frozen.variables, image).shape[1]
 
 
-def _counted(batches, bar):
+def _counted(batches: Iterator[inputs.Rows], bar: tqdm.tqdm) -> Iterator[inputs.Rows]:
   """Yields the batches, and moves the bar when the next one is asked for."""
   for rows in batches:
     yield rows
     bar.update(int(np.sum(rows["mask"])))
-
-
-def _write(path: epath.Path, table, encoded) -> None:
-  """Writes one file, whole or not at all."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(encoded(table))
-  partial.replace(path)
 
 
 def _npz(table) -> bytes:

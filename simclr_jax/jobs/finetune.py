@@ -9,27 +9,29 @@ Encoder and a fresh classifier learn, BatchNorm included (v1 appendix B.5, v2 se
   --config.head.finetune_from=1     puts the classifier on the projection head's first layer, which learns too (v2)
   --config.finetune.after_block=2   freezes stem and block groups 1 and 2, BatchNorm included; 4 leaves the classifier
                                     (and the projection head's layers below it)
+  --config.finetune.micro_batches=4 takes a batch that does not fit in four parts, one after the other
 """
 
-from simclr_jax.jobs import classifier, setup
+import ml_collections
+
+from simclr_jax import classifier, errors, experiment
 
 
-def run(config, workdir: str, *, profile_steps: str = "") -> dict[str, float]:
+def run(
+  config: ml_collections.ConfigDict, workdir: str, *, profile_steps: tuple[int, int] | None = None
+) -> dict[str, float]:
   """Returns the held-out accuracies of the network trained by `config.finetune`."""
-  mesh = classifier.mesh_of(config, config.finetune, "finetune")
-  layer, after_block = setup.layer_of(config, "finetune_from"), classifier.after_block_of(config)
-  train, held_out = setup.labelled_splits(config, "finetune")
-  return classifier.train(
-    config,
-    config.finetune,
-    workdir,
-    job="finetune",
-    train=train,
-    held_out=held_out,
-    classes=train.num_classes,
-    mesh=mesh,
-    after_block=after_block,
-    layer=layer,
-    result={"layer": layer, "after_block": after_block},
-    profile_steps=profile_steps,
+  this = experiment.Experiment(config, "finetune", workdir)
+  layer, after_stage = this.network.layer("finetune_from"), config.finetune.after_block
+  stages = this.network.encoder().stages
+  if not -1 <= after_stage < len(stages):
+    raise errors.UserError(
+      f"config.finetune.after_block is {after_stage}; use -1 (all learns) or "
+      + ", ".join(f"{number} (what follows {stage})" for number, stage in enumerate(stages))
+      + "."
+    )
+  train = this.labelled
+  task = classifier.Task(
+    *(train, this.held_out, train.num_classes, layer, after_stage), about={"layer": layer, "after_block": after_stage}
   )
+  return classifier.train(this, task, profile_steps=profile_steps)

@@ -11,37 +11,34 @@ similarity s vote for their labels with weight exp(s / temperature). Writes `res
 """
 
 import time
+from typing import Any
 
 import jax
-import numpy as np
-from etils import epath
+import ml_collections
 
-from simclr_jax import errors
-from simclr_jax.evaluation import neighbours
-from simclr_jax.jobs import feature_eval, representation, setup
-from simclr_jax.training import checkpoint, telemetry
-
-JOB = "knn"
+from simclr_jax import experiment, inference, numbers
+from simclr_jax.evaluation import features, neighbours
+from simclr_jax.training import telemetry
 
 
-def run(config, workdir: str) -> dict:
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Returns (and writes to `result.json`) the held-out accuracies of every k and temperature."""
-  ks = whole_numbers("knn.neighbours", config.knn.neighbours)
-  temperatures = feature_eval.numbers("knn.temperatures", config.knn.temperatures)
-  mesh = setup.mesh_for(config, ("eval_batch_size", config.eval_batch_size))
-  train, held_out = setup.labelled_splits(config, JOB)
+  ks = numbers.integers("config.knn.neighbours", config.knn.neighbours)
+  temperatures = numbers.floats("config.knn.temperatures", config.knn.temperatures)
+  this = experiment.Experiment(config, "knn", workdir)
+  train, held_out = this.labelled, this.held_out
   neighbours.check(ks, train.num_examples)
-  encode, variables = representation.load(config, mesh, job=JOB)
-  checkpoint.claim_workdir(workdir, config.to_dict(), JOB, setup.FREE_KEYS)
+  frozen = inference.representation(this)
+  this.claim()
 
   begin = time.monotonic()
-  splits = [representation.of_split(encode, variables, config, source, mesh) for source in (train, held_out)]
-  for source, (x, _) in zip((train, held_out), splits, strict=True):
-    check_finite(x, source.name, config.checkpoint)
+  known, test = (inference.of_split(frozen, this, images) for images in (train, held_out))
+  for images, found in ((train, known), (held_out, test)):
+    features.check_finite(found.x, images.name, config.checkpoint)
   seconds = {"features": time.monotonic() - begin}
   begin = time.monotonic()
   table = neighbours.accuracies(
-    *splits[0], *splits[1], neighbours=ks, temperatures=temperatures, classes=train.num_classes, mesh=mesh
+    known, test, neighbours=ks, temperatures=temperatures, classes=train.num_classes, mesh=this.mesh
   )
   seconds["knn"] = time.monotonic() - begin
   result = {
@@ -52,41 +49,22 @@ def run(config, workdir: str) -> dict:
     "neighbours": ks,
     "temperatures": temperatures,
     "table": table,
-    "dimensions": splits[0][0].shape[1],
+    "dimensions": known.x.shape[1],
     **{f"seconds/{name}": value for name, value in seconds.items()},
     "checkpoint": config.checkpoint,
-    "layer": setup.layer_of(config, "evaluate_from"),
+    "layer": frozen.layer,
   }
+  path = telemetry.write_result(workdir, result)
   if jax.process_index() == 0:
-    path = epath.Path(workdir) / "result.json"
-    telemetry.write_json(path, result)
     telemetry.log.info("%s\n%s", report(result), path)
   return result
 
 
-def whole_numbers(key: str, text: str) -> list[int]:
-  """Returns the numbers of `text`, separated by commas, or raises a UserError about `config.<key>`."""
-  words = [word.strip() for word in text.split(",")]
-  if not all(word.isdecimal() and int(word) > 0 for word in words):
-    raise errors.UserError(f"config.{key} is {text!r}; give whole numbers above 0 with commas between, such as 20,200.")
-  return list(dict.fromkeys(map(int, words)))
-
-
-def check_finite(x: np.ndarray, name: str, source: str) -> None:
-  """Raises a UserError if features f[N, D] of the split `name` are not all numbers."""
-  # The sum of a row is not finite if a part of it is not, and takes no memory of the size of x.
-  bad = np.count_nonzero(~np.isfinite(x.sum(axis=1, dtype=np.float64)))
-  if bad:
-    raise errors.UserError(
-      f"{bad} of {len(x)} features of {name} are not numbers; checkpoint {source} has diverged, take an earlier one."
-    )
-
-
-def report(result: dict) -> str:
+def report(result: dict[str, Any]) -> str:
   """Returns the table of all k and temperatures, for people."""
   cells = {(cell["k"], cell["temperature"]): cell for cell in result["table"]}
   lines = [
-    f"{JOB}: top-1 / top-5 % of {result['eval/examples']} held-out images, {result['train/examples']} training images "
+    f"knn: top-1 / top-5 % of {result['eval/examples']} held-out images, {result['train/examples']} training images "
     f"with {result['dimensions']} numbers each; by k and temperature",
     " " * 8 + "".join(f"{temperature:>16g}" for temperature in result["temperatures"]),
   ]

@@ -6,74 +6,178 @@ flipped, the classifier learns with Nesterov momentum and a cosine rate. Needs -
 beat). Without --config the run's own is used. --config.head.evaluate_from=-1 reads the projection head's output instead
 of the encoder's. --config.labels.fraction=0.1 learns from a tenth of the labels. Writes `result.json`, and a
 checkpoint with encoder and classifier. --config.linear_eval.protocol=features takes one pass over the images and trains
-many classifiers at once; =stored trains none, and counts with the one that the checkpoint has: a run of finetune,
-distill or linear_eval, pretraining's online one, or a converted release.
+many classifiers at once: a grid of learning rates and weight decays, and a path of L2 strengths; a held-back share of
+the training images chooses one of each, and these two, trained again on all training images, count the held-out split
+once. --config.linear_eval.protocol=stored trains none, and counts with the one that the checkpoint has: a run of
+finetune, distill or linear_eval, pretraining's online one, or a converted release.
 """
 
-import jax
+import time
+from typing import Any
 
-from simclr_jax import errors
-from simclr_jax.evaluation import features as evaluation
-from simclr_jax.jobs import classifier, feature_eval, representation, setup
+import jax
+import ml_collections
+import numpy as np
+
+from simclr_jax import classifier, errors, experiment, inference, numbers
+from simclr_jax.evaluation import features, probes, scores, selection
+from simclr_jax.hardware import sharding
 from simclr_jax.training import checkpoint, telemetry
 
-PROTOCOLS = ("reference", "features", "stored")
 
-
-def run(config, workdir: str, *, profile_steps: str = "") -> dict[str, float]:
+def run(
+  config: ml_collections.ConfigDict, workdir: str, *, profile_steps: tuple[int, int] | None = None
+) -> dict[str, Any]:
   """Returns the held-out accuracies of a linear classifier on the frozen encoder of `config.checkpoint`."""
   if not config.checkpoint:
     raise errors.UserError(
       "linear_eval has no encoder; give --config.checkpoint=RUN, the workdir of a pretraining run (or `random`)."
     )
-  protocol = setup.choice("linear_eval.protocol", config.linear_eval.protocol, PROTOCOLS)
+  protocol = config.linear_eval.protocol
+  this = experiment.Experiment(config, "linear_eval", workdir)
   if protocol != "reference":
     if profile_steps:
       raise errors.UserError(f"--profile_steps is for linear_eval.protocol reference; {protocol} trains no network.")
-    return feature_eval.run(config, workdir) if protocol == "features" else _stored(config, workdir)
-  mesh = classifier.mesh_of(config, config.linear_eval, "linear_eval")
-  layer = setup.layer_of(config, "evaluate_from")
-  train, held_out = setup.labelled_splits(config, "linear_eval")
-  return classifier.train(
-    config,
-    config.linear_eval,
-    workdir,
-    job="linear_eval",
-    train=train,
-    held_out=held_out,
-    classes=train.num_classes,
-    mesh=mesh,
-    after_block=4,
-    layer=layer,
+    return _features(this) if protocol == "features" else _stored(this)
+  layer, train = this.network.layer("evaluate_from"), this.labelled
+  task = classifier.Task(
+    *(train, this.held_out, train.num_classes, layer),
+    after_stage=len(this.network.encoder().stages) - 1,
     frozen_head=True,
-    result={"layer": layer},
-    profile_steps=profile_steps,
+    about={"layer": layer},
   )
+  return classifier.train(this, task, profile_steps=profile_steps)
 
 
-def _stored(config, workdir: str) -> dict[str, float]:
+def _stored(this: experiment.Experiment) -> dict[str, Any]:
   """Returns (and writes to `result.json`) the held-out accuracies of the classifier that the checkpoint has."""
-  if config.checkpoint == setup.RANDOM:
+  path = this.config.checkpoint
+  if not this.is_pretrained:
     raise errors.UserError("linear_eval.protocol stored needs a classifier; give --config.checkpoint=RUN, not random.")
-  mesh = setup.mesh_for(config, ("eval_batch_size", config.eval_batch_size))
-  setup.fits(config, config.checkpoint)
-  held_out = setup.held_out_split(config, "linear_eval")
-  logits_of, variables, classes, _ = representation.classifier(config.checkpoint, mesh)
-  if held_out.num_classes != classes:
+  this.saved()
+  held_out = this.held_out
+  stored = inference.classifier(path, this.mesh)
+  if held_out.num_classes != stored.classes:
     raise errors.UserError(
-      f"the classifier of {config.checkpoint} tells {classes} classes apart and {held_out.name} has "
+      f"the classifier of {path} tells {stored.classes} classes apart and {held_out.name} has "
       f"{held_out.num_classes}; use the data that it was trained on."
     )
-  checkpoint.claim_workdir(workdir, config.to_dict(), "linear_eval", setup.FREE_KEYS)
-  rows = setup.evaluation_rows(config, held_out)
-  counted = evaluation.accuracy(logits_of, variables, rows(), mesh)
+  this.claim()
+  counted = scores.accuracy(stored.logits_of, stored.variables, this.rows(held_out)(), this.mesh)
   result = {f"eval/{name}": value for name, value in counted.items()}
-  result |= {"layer": checkpoint.classifier_layer(config.checkpoint), "protocol": "stored"}
-  result["checkpoint"] = config.checkpoint
-  if jax.process_index() == 0:
-    telemetry.write_json(f"{workdir}/result.json", result)
+  result |= {"layer": checkpoint.open(path).classifier_layer, "protocol": "stored", "checkpoint": path}
+  telemetry.write_result(this.workdir, result)
   telemetry.log.info(
     "linear_eval: stored classifier, top-1 %.2f %%, top-5 %.2f %% of %d held-out images",
     *(100 * result["eval/top1"], 100 * result["eval/top5"], result["eval/examples"]),
   )
   return result
+
+
+def _features(this: experiment.Experiment) -> dict[str, Any]:
+  """Returns (and writes to `result.json`) held-out accuracies of the classifiers that a validation share chose."""
+  config, keys, mesh = this.config, this.config.probes, this.mesh
+  grid, path = _settings(keys)
+  sharding.check_divisible(keys.batch_size, mesh, name="config.probes.batch_size")
+  train, held_out = this.labelled, this.held_out
+  rows = probes.held_back(train.num_examples, keys.validation_share, config.seed)
+  if len(rows[0]) * keys.passes < keys.batch_size:
+    raise errors.UserError(
+      f"{len(rows[0])} training images beside the validation share cannot fill a batch of "
+      f"config.probes.batch_size = {keys.batch_size}; choose a smaller one."
+    )
+  frozen = inference.representation(this)
+  this.claim()
+  begin = time.monotonic()
+  passes = [this.rows(train)()] + [this.augmented_rows(train, number) for number in range(1, keys.passes)]
+  parts = [features.of_split(frozen.encode, frozen.variables, batches, mesh) for batches in passes]
+  known = features.Features(np.stack([part.x for part in parts]), parts[0].label)
+  test = inference.of_split(frozen, this, held_out)
+  seconds = {"features": time.monotonic() - begin}
+  telemetry.log.info(
+    "linear_eval: %d + %d features of %d numbers in %.1f s",
+    *(known.x.shape[0] * known.x.shape[1], *test.x.shape, seconds["features"]),
+  )
+  begin = time.monotonic()
+  by_grid = selection.choose_from_grid(
+    *(known, rows, test, grid), classes=train.num_classes, seed=config.seed, mesh=mesh
+  )
+  seconds["grid"] = time.monotonic() - begin
+  begin = time.monotonic()
+  by_path = selection.choose_from_path(known, rows, test, path, classes=train.num_classes, mesh=mesh)
+  seconds["lbfgs"] = time.monotonic() - begin
+  result = {
+    **_chosen(grid, path, by_grid, by_path),
+    "eval/examples": len(test.label),
+    "validation/examples": len(rows[1]),
+    **{f"seconds/{name}": value for name, value in seconds.items()},
+    "passes": keys.passes,
+    "train_examples": train.num_examples,
+    "layer": frozen.layer,
+    "protocol": "features",
+    "checkpoint": config.checkpoint,
+  }
+  written = telemetry.write_result(this.workdir, result)
+  if jax.process_index() == 0:
+    telemetry.log.info("%s", report(result, str(written)))
+  return result
+
+
+def _settings(keys) -> tuple[probes.Grid, probes.L2Path]:
+  """Returns the grid and the path that `config.probes` describes."""
+  rates = numbers.floats("config.probes.learning_rates", keys.learning_rates)
+  decays = numbers.floats("config.probes.weight_decays", keys.weight_decays, zero=True)
+  strengths = numbers.floats("config.probes.l2_strengths", keys.l2_strengths)
+  if keys.passes < 1 or keys.epochs < 1 or keys.lbfgs_steps < 1:
+    raise errors.UserError(
+      f"config.probes has passes {keys.passes}, epochs {keys.epochs}, lbfgs_steps {keys.lbfgs_steps}; use 1 or more."
+    )
+  if not 0 < keys.validation_share < 1:
+    raise errors.UserError(f"config.probes.validation_share is {keys.validation_share}; use a share such as 0.1.")
+  grid = probes.Grid(rates, decays, keys.epochs, keys.batch_size)
+  return grid, probes.L2Path(strengths, keys.lbfgs_steps, keys.lbfgs_tolerance)
+
+
+def _chosen(
+  grid: probes.Grid, path: probes.L2Path, by_grid: selection.GridChoice, by_path: selection.PathChoice
+) -> dict[str, Any]:
+  cells = [
+    {"learning_rate": rate, "weight_decay": decay, "top1": float(by_grid.validation_top1[row, column])}
+    for row, rate in enumerate(grid.learning_rates)
+    for column, decay in enumerate(grid.weight_decays)
+  ]
+  by_strength = zip(path.l2_strengths, by_path.validation_top1, strict=True)
+  return {
+    "eval/top1": by_grid.top1,
+    "eval/top5": by_grid.top5,
+    "eval/lbfgs_top1": by_path.top1,
+    "eval/lbfgs_top5": by_path.top5,
+    "learning_rate": by_grid.learning_rate,
+    "weight_decay": by_grid.weight_decay,
+    "l2_strength": by_path.l2_strength,
+    "validation/top1": cells,
+    "validation/lbfgs_top1": [{"l2_strength": strength, "top1": float(top1)} for strength, top1 in by_strength],
+  }
+
+
+def report(result: dict[str, Any], path: str) -> str:
+  """Returns the validation table and the held-out accuracies of protocol `features`, for people."""
+  cells = {(cell["learning_rate"], cell["weight_decay"]): cell["top1"] for cell in result["validation/top1"]}
+  rates, decays = (list(dict.fromkeys(axis)) for axis in zip(*cells, strict=True))
+  lines = [
+    f"linear_eval: top-1 % of {result['validation/examples']} validation images by learning rate and weight decay",
+    " " * 10 + "".join(f"{decay:>9g}" for decay in decays),
+  ]
+  lines += [f"{rate:>10g}" + "".join(f"{100 * cells[rate, decay]:>9.2f}" for decay in decays) for rate in rates]
+  lines += [
+    "logistic regression, by L2 strength: "
+    + ", ".join(f"{cell['l2_strength']:g}: {100 * cell['top1']:.2f}" for cell in result["validation/lbfgs_top1"]),
+    f"of {result['eval/examples']} held-out images: "
+    f"top-1 {100 * result['eval/top1']:.2f} %, top-5 {100 * result['eval/top5']:.2f} % "
+    f"(learning rate {result['learning_rate']:g}, weight decay {result['weight_decay']:g}); "
+    f"logistic regression {100 * result['eval/lbfgs_top1']:.2f} %, {100 * result['eval/lbfgs_top5']:.2f} % "
+    f"(L2 strength {result['l2_strength']:g})",
+    "seconds: " + ", ".join(f"{part} {result[f'seconds/{part}']:.1f}" for part in ("features", "grid", "lbfgs")),
+    path,
+  ]
+  return "\n".join(lines)

@@ -10,7 +10,6 @@ hours of the run, and says what to change where it does not fit. --devices=N tak
 
 import dataclasses
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -18,18 +17,20 @@ import re
 import sys
 import time
 from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from etils import epath
 from jax.experimental import topologies
 
-from simclr_jax import errors
-from simclr_jax.data import composition
+from simclr_jax import errors, experiment, files
+from simclr_jax.data import composition, inputs
 from simclr_jax.hardware import chips, cost, sharding
-from simclr_jax.jobs import feed, pretrain, setup
 from simclr_jax.training import state as state_lib
 from simclr_jax.training import telemetry
+from simclr_jax.version import __version__
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
 
@@ -76,36 +77,39 @@ class Plan:
     return self.memory is not None and (self.available is None or self.needed <= self.available)
 
 
-def run(config, workdir: str, *, topology: str = "", devices: str = "", batch_sizes: str = "", mfu: str = "0.35"):
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  topology: str = "",
+  devices: int = 0,
+  batch_sizes: tuple[int, ...] = (),
+  mfu: float = 0.35,
+) -> list[Plan]:
   """Returns (and prints, and writes to `plan.json`) the plans of one or more batch sizes."""
-  share = setup.share_of_peak(mfu)
-  sizes = [
-    setup.number("batch_sizes", n, int, lambda x: x > 0, "whole numbers with commas")
-    for n in batch_sizes.split(",")
-    if n
-  ]
   count = len(_devices(topology)[0])
-  if devices:
-    count = setup.number("devices", devices, int, lambda x: 0 < x <= count, f"a number from 1 to {count}")
+  if devices > count:
+    raise errors.UserError(f"--devices got '{devices}'; it wants a number from 1 to {count}.")
+  count = devices or count
   path = epath.Path(workdir) / "plan.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   command = "python -m simclr_jax " + " ".join(sys.argv[1:])
-  facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": share, "config": config.to_dict()}
+  facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": mfu, "config": config.to_dict()}
   plans = []
-  for size in sizes or [config.batch_size]:
+  for size in batch_sizes or (config.batch_size,):
     part = config.copy_and_resolve_references()
     part.batch_size = size
     part.eval_batch_size = count  # Not planned for.
     plan = _apart(part, topology, count) if topology else make(part, topology, count)
     plans.append(plan)
-    print(table(plan, topology, share), flush=True)
-    rows = [{**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, share)} for plan in plans]
-    path.write_text(json.dumps({**facts, "plans": rows}, indent=2) + "\n")
+    print(table(plan, topology, mfu), flush=True)
+    rows = [{**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, mfu)} for plan in plans]
+    files.write_json(path, {**facts, "version": __version__, "plans": rows})
   telemetry.log.info("Written to %s", path)
   return plans
 
 
-def _apart(config, topology: str, count: int) -> Plan:
+def _apart(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:
   """Returns `make` of these, from a process of its own: the TPU compiler ends the process when it crashes."""
   with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     try:
@@ -117,62 +121,63 @@ def _apart(config, topology: str, count: int) -> Plan:
       ) from None
 
 
-def make(config, topology: str = "", count: int | None = None) -> Plan:
+def make(config: ml_collections.ConfigDict, topology: str = "", count: int | None = None) -> Plan:
   """Returns the plan of the config's training step on the first `count` devices of a topology, or of this machine."""
   devices, chip_count = _devices(topology)
   chip = chips.chip_of(devices[0])
   devices_per_chip = (len(devices) / chip_count if topology else chip.devices) if chip else None
-  devices = devices[:count]
-  mesh = pretrain.mesh_of(config, devices)
+  this = experiment.Experiment(config, "plan", devices=devices[:count])
   examples, classes = _split_of(config)
-  model, tx, schedule, steps = pretrain.parts_of(config, examples=examples, classes=classes)
-  state = state_lib.abstract(model, config.data.image_size, tx, mesh, split=setup.is_split(config))
-  state = pretrain.with_memory(config, model, state)
-  batch = batch_of(config, mesh)
+  model, optimizer = this.network.pretraining_model(classes), this.optimizer(examples)
+  state, batch = this.abstract_state(model, optimizer.tx), batch_of(config, this.mesh)
   begin = time.monotonic()
   # Traced before it is compiled, since a wrong value in the config is found there.
-  _, prepare = feed.law_of_pairs(config)
-  step_fn = pretrain.step_of(config, model, tx, schedule, mesh, prepare)
-  traced = setup.jitted(step_fn, mesh, state).trace(state, batch)
-  lowered = traced.lower(lowering_platforms=(devices[0].platform,))
-  memory, exchanged, needed = None, [], 0
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    needed = _memory_in(str(error))
-    if not needed:
-      raise
-    if "HLO temporaries" in str(
-      error
-    ):  # Told before the compiler has placed state and batch; later its count has them.
-      needed += cost.bytes_per_device((state, batch))
-  else:
-    memory = _memory_of(compiled.memory_analysis(), state, batch)
-    if config.data.resident:
-      # As they are stored; of a data set that is not here, as the network sees them.
-      memory["resident images"] = examples * (3 * config.data.image_size**2 + 4)
-    needed = sum(memory.values())
-    exchanged = _exchanged(cost.collectives(compiled.as_text(), mesh.size))
-  forward = pretrain.forward_flops(config, model, state)
-  flops = pretrain.step_flops(config, forward)
+  step_fn = this.step(this.contrastive(model, this.prepare_pairs), optimizer)
+  traced = inputs.jit_step(step_fn, this.mesh, state).trace(state, batch)
+  memory, exchanged, needed = _compiled(traced, state, batch, devices[0].platform, this.mesh.size)
+  if memory is not None and config.data.resident:
+    # As they are stored; of a data set that is not here, as the network sees them.
+    memory["resident images"] = examples * (3 * config.data.image_size**2 + 4)
+    needed += memory["resident images"]
+  forward = this.network.forward_flops(model, state)
+  flops = this.network.step_flops(forward)
   return Plan(
     batch_size=config.batch_size,
     micro_batches=config.micro_batches,
-    devices=mesh.size,
+    devices=this.mesh.size,
     device_kind=devices[0].device_kind,
     memory=memory,
     needed=needed,
     available=chip.memory / devices_per_chip if chip else None,
     forward_flops=forward,
     step_flops=flops,
-    step_seconds_at_peak=flops / (mesh.size * chip.flops / devices_per_chip) if chip else None,
+    step_seconds_at_peak=flops / (this.mesh.size * chip.flops / devices_per_chip) if chip else None,
     exchanged=exchanged,
-    steps=steps,
+    steps=optimizer.total_steps,
     compile_seconds=round(time.monotonic() - begin, 1),
   )
 
 
-def batch_of(config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _compiled(
+  traced: Any, state: state_lib.TrainState, batch: Any, platform: str, devices: int
+) -> tuple[dict[str, int] | None, list[dict[str, Any]], int]:
+  """Returns memory by kind (None where the step does not fit), what the devices exchange, and the bytes needed."""
+  lowered = traced.lower(lowering_platforms=(platform,))
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = _memory_in(str(error))
+    if not needed:
+      raise
+    if "HLO temporaries" in str(error):
+      # Told before the compiler has placed state and batch; later its count has them.
+      needed += cost.bytes_per_device((state, batch))
+    return None, [], needed
+  memory = _memory_of(compiled.memory_analysis(), state, batch)
+  return memory, _exchanged(cost.collectives(compiled.as_text(), devices)), sum(memory.values())
+
+
+def batch_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of a global batch, as it comes before the part of the augmentation that the step does."""
   n, size, at = config.batch_size, config.data.image_size, sharding.batched(mesh)
   if config.data.resident or config.augment.compose:
@@ -275,19 +280,19 @@ def _devices(topology: str):
     ) from error
 
 
-def _split_of(config) -> tuple[int, int]:
+def _split_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
   """Returns images and classes of the training split: the data's own where it is at hand."""
   known = KNOWN_SPLITS.get((config.data.name, config.data.train_split)) if config.data.source == "tfds" else None
   if config.data.source in ("tfds", "folder"):
     config = config.copy_and_resolve_references()
     config.data.resident = False  # To count the images none need be decoded.
   try:
-    source = setup.source_of(config, config.data.train_split)
+    images = experiment.Experiment(config, "count").train
   except errors.UserError:
     if known is None:
       raise
     return known
-  return source.num_examples, source.num_classes
+  return images.num_examples, images.num_classes
 
 
 def _memory_of(analysis, state, batch) -> dict[str, int]:
@@ -298,7 +303,7 @@ def _memory_of(analysis, state, batch) -> dict[str, int]:
     "batch": cost.bytes_per_device(batch),
   }
   if state.memory is not None:
-    parts["memory of older batches"] = cost.bytes_per_device(state.memory)
+    parts["queue of negatives"] = cost.bytes_per_device(state.memory)
   layout = analysis.argument_size_in_bytes - sum(parts.values())
   # The new state takes the place of the old one; what is left of the outputs are the metrics.
   outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -22,65 +22,81 @@ diverges is such), 1 if one failed by a bug of ours. docs/studies.md has the pub
 
 import contextlib
 import gc
+import importlib
 import signal
 import time
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import ml_collections
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import auto as tqdm
 
-from simclr_jax import errors, studies
-from simclr_jax.jobs import pretrain, setup, study_grid
-from simclr_jax.training import checkpoint, loop, telemetry
+from simclr_jax import config as config_lib
+from simclr_jax import errors
+from simclr_jax.jobs import pretrain
+from simclr_jax.studies import definitions, grid
+from simclr_jax.training import loop, telemetry
 
 # Below this a program is compiled again rather than kept.
 KEPT_COMPILE_SECONDS = 0.1
 
 
 def run(
-  config, workdir: str, *, study: str = "", rows: str = "", columns: str = "", evaluation: str = "linear"
-) -> dict:
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  study: str = "",
+  rows: str = "",
+  columns: str = "",
+  evaluation: str = "linear",
+) -> dict[str, Any]:
   """Runs what is missing of a grid, and returns (and writes to `result.json`) its accuracies."""
   chosen = _checked(config, study, rows, columns, evaluation)
-  checkpoint.claim_workdir(workdir, {**config.to_dict(), "study": study}, "study", setup.FREE_KEYS)
-  grid = study_grid.Grid(study, config, workdir, evaluation, *chosen)
-  due = grid.due(*chosen)
+  config_lib.claim(workdir, {**config.to_dict(), "study": study}, "study")
+  cells = grid.Grid(study, config, workdir, evaluation, *chosen)
+  due = cells.due(*chosen)
   telemetry.log.info(
     "study %s: %d cells, each pretrained and evaluated (%s), in %s", study, len(due), evaluation, workdir
   )
-  bugs, programs = [], {}
+  bugs = []
   with _compiled_in(str(epath.Path(workdir) / "compiled")), _stopping(), _bar(len(due)) as bar:
     for number, labels in enumerate(due, 1):
-      known = grid.refresh(labels)
+      known = cells.refresh(labels)
       if not known:
-        bugs += _run_cell(grid, labels, programs)
-        grid.write()
+        bugs += _run_cell(cells, labels)
+        cells.write()
         # What a cell compiled goes with its functions, which hold each other.
         gc.collect()
-      telemetry.log.info("[%d/%d] %s%s", number, len(due), grid.outcome(labels), ", finished before" if known else "")
+      telemetry.log.info("[%d/%d] %s%s", number, len(due), cells.outcome(labels), ", finished before" if known else "")
       bar.update()
-  result = grid.write()
-  grid.draw()
-  telemetry.log.info("Figure: %s", grid.figure)
-  failed = [labels for labels in due if grid.cells[labels]["state"] == study_grid.FAILED]
+  result = cells.write()
+  cells.draw()
+  telemetry.log.info("Figure: %s", cells.figure)
+  failed = [labels for labels in due if cells.cells[labels]["state"] == grid.FAILED]
   if bugs:
     raise RuntimeError(f"{len(bugs)} of {len(due)} cells failed by a bug, first: {bugs[0]}") from bugs[0]
   if failed:
     raise errors.UserError(
-      f"{len(failed)} of {len(due)} cells failed, the others are done; first {grid.outcome(failed[0])} "
+      f"{len(failed)} of {len(due)} cells failed, the others are done; first {cells.outcome(failed[0])} "
       "The same command runs those that failed again."
     )
   return result
 
 
-def _checked(config, study, rows, columns, evaluation) -> list[tuple[str, ...]]:
+def _checked(
+  config: ml_collections.ConfigDict, study: str, rows: str, columns: str, evaluation: str
+) -> list[tuple[str, ...]]:
   """Returns the labels of the rows and columns asked for, once the command is known to make sense."""
-  if study not in studies.STUDIES:
-    named = f"--study={study} is unknown{errors.nearest(study, studies.STUDIES)}" if study else "study has no --study"
-    raise errors.UserError(f"{named}; give --study=NAME, one of {', '.join(studies.STUDIES)}.")
-  known = study_grid.EVALUATIONS
+  if study not in definitions.STUDIES:
+    named = (
+      f"--study={study} is unknown{errors.nearest(study, definitions.STUDIES)}" if study else "study has no --study"
+    )
+    raise errors.UserError(f"{named}; give --study=NAME, one of {', '.join(definitions.STUDIES)}.")
+  known = grid.EVALUATIONS
   if evaluation not in known:
     raise errors.UserError(
       f"--evaluation={evaluation} is unknown{errors.nearest(evaluation, known)}; use {', '.join(known)}."
@@ -90,42 +106,42 @@ def _checked(config, study, rows, columns, evaluation) -> list[tuple[str, ...]]:
       f"study is one process with all its devices, and this is one of {jax.process_count()}; start it alone, or give "
       "each machine its own --rows and --workdir."
     )
-  definition, base = studies.STUDIES[study], checkpoint.flat(config.to_dict())
+  definition, base = definitions.STUDIES[study], config_lib.flat(config.to_dict())
   return [
     axis.chosen(text, option) if text else axis.default(base)
     for axis, text, option in ((definition.rows, rows, "rows"), (definition.columns, columns, "columns"))
   ]
 
 
-def _run_cell(grid: study_grid.Grid, labels: study_grid.Labels, programs: dict) -> list[Exception]:
+def _run_cell(cells: grid.Grid, labels: grid.Labels) -> list[Exception]:
   """Runs what is missing of one cell; returns the exception if it failed by a bug of ours."""
-  begin, cell = time.monotonic(), grid.cells[labels]
+  begin, cell = time.monotonic(), cells.cells[labels]
   bugs = []
   try:
-    (pretrained, evaluated), (pretraining, evaluating) = grid.folders(labels), grid.configs(labels)
+    (pretrained, evaluated), (pretraining, evaluating) = cells.folders(labels), cells.configs(labels)
     with telemetry.quiet():
-      if not grid.pretrained(labels):
-        pretrain.run(pretraining, pretrained, draw=False, programs=programs)
-      grid.job.run(evaluating, evaluated)
-    grid.refresh(labels)
+      if not cells.pretrained(labels):
+        pretrain.run(pretraining, pretrained, draw=False)
+      importlib.import_module(f"simclr_jax.jobs.{cells.job}").run(evaluating, evaluated)
+    cells.refresh(labels)
   except errors.UserError as error:
-    cell |= {"state": study_grid.FAILED, "error": str(error)}
+    cell |= {"state": grid.FAILED, "error": str(error)}
   except Exception as error:
     telemetry.log.error("%s", traceback.format_exc())
-    cell |= {"state": study_grid.FAILED, "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    cell |= {"state": grid.FAILED, "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
     bugs.append(error)
   cell["seconds"] = round(time.monotonic() - begin, 1)
   return bugs
 
 
-def _bar(cells: int):
+def _bar(cells: int) -> tqdm.tqdm:
   return tqdm.tqdm(
     total=cells, desc="study", unit="cell", dynamic_ncols=True, disable=not telemetry.log.isEnabledFor(20)
   )
 
 
 @contextlib.contextmanager
-def _compiled_in(folder: str):
+def _compiled_in(folder: str) -> Iterator[None]:
   """Keeps compiled programs in a folder, where later cells find those that are theirs too; a cache of the user's stays.
 
   Most of a small cell's time would go into compiling the same encoder, classifier and initialisation again.
@@ -149,7 +165,7 @@ def _use_cache(folder: str | None, least_seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _stopping():
+def _stopping() -> Iterator[None]:
   """Lets SIGTERM end the study where it is; the loop, which has a handler of its own, saves and passes it on."""
 
   def stop(*_):

@@ -12,21 +12,22 @@ set after the other; those that have their result in WORKDIR/NAME are not run ag
 """
 
 import dataclasses
-import importlib.util
 import json
 import time
+from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
-from simclr_jax import errors
-from simclr_jax.evaluation import features as evaluation
-from simclr_jax.evaluation import probes, scores
-from simclr_jax.jobs import knn, representation, setup, transfer_sets
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment, files, inference
+from simclr_jax.data import inputs, source, sources, transfer_sets
+from simclr_jax.evaluation import features, probes, scores, selection
 from simclr_jax.training import checkpoint, telemetry
 
-JOB = "transfer"
+FREE = (*config_lib.FREE, "transfer.datasets")
 METRICS = {
   "top1": (scores.top1, "top-1"),
   "mean_per_class": (scores.mean_per_class, "mean per class"),
@@ -34,16 +35,16 @@ METRICS = {
 }
 
 
-def run(config, workdir: str) -> dict:
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Returns (and writes to `result.json`) the test scores of every data set."""
   keys = config.transfer
-  strengths = _strengths(keys)
+  path = probes.L2Path(_strengths(keys), keys.lbfgs_steps, keys.lbfgs_tolerance)
   tasks = transfer_sets.chosen(keys.datasets, config.data.dir)
-  mesh = setup.mesh_for(config, ("eval_batch_size", config.eval_batch_size))
-  encode, variables = representation.load(config, mesh, job=JOB)
-  checkpoint.claim_workdir(workdir, config.to_dict(), JOB, (*setup.FREE_KEYS, "transfer.datasets"))
+  this = experiment.Experiment(config, "transfer", workdir)
+  frozen = inference.representation(this)
+  this.claim(FREE)
 
-  step = config.checkpoint if config.checkpoint == setup.RANDOM else str(checkpoint.find(config.checkpoint))
+  step = str(checkpoint.open(config.checkpoint).path) if this.is_pretrained else config.checkpoint
   settings = {task.key: json.loads(json.dumps({**dataclasses.asdict(task), "checkpoint": step})) for task in tasks}
   finished = {task.key: _finished(workdir, task.key, settings[task.key]) for task in tasks}
   # All are opened before the first is computed, so that a mistake in the last one's name is found now.
@@ -53,9 +54,10 @@ def run(config, workdir: str) -> dict:
   table = {}
   for task in tasks:
     if task.key in ready:
-      result = _evaluate(task, ready[task.key], encode, variables, config, strengths, mesh)
+      result = _evaluate(this, task, ready[task.key], frozen, path)
       if jax.process_index() == 0:
-        telemetry.write_json(f"{workdir}/{task.key}/result.json", {**result, "settings": settings[task.key]})
+        result_path = epath.Path(workdir) / task.key / "result.json"
+        files.write_json(result_path, {**result, "settings": settings[task.key]})
         telemetry.log.info("%s", _line(task.key, result))
     elif finished[task.key]:
       telemetry.log.info("%s: finished before.", task.key)
@@ -63,23 +65,17 @@ def run(config, workdir: str) -> dict:
     else:
       continue
     table[task.key] = result
-  result = {
-    "datasets": table,
-    "missing": missing,
-    "checkpoint": config.checkpoint,
-    "layer": setup.layer_of(config, "evaluate_from"),
-  }
+  result = {"datasets": table, "missing": missing, "checkpoint": config.checkpoint, "layer": frozen.layer}
+  written = telemetry.write_result(workdir, result)
   if jax.process_index() == 0:
-    path = epath.Path(workdir) / "result.json"
-    telemetry.write_json(path, result)
-    telemetry.log.info("%s\n%s", report(result), path)
+    telemetry.log.info("%s\n%s", report(result), written)
   return result
 
 
-def report(result: dict) -> str:
+def report(result: dict[str, Any]) -> str:
   """Returns the table of all data sets, with the published figures beside, for people."""
   lines = [
-    f"{JOB}: test %; published: SimCLR on ImageNet, linear, ResNet-50 and ResNet-50 4x (arXiv 2002.05709, B.8)",
+    "transfer: test %; published: SimCLR on ImageNet, linear, ResNet-50 and ResNet-50 4x (arXiv 2002.05709, B.8)",
     f"{'data set':<24}{'metric':<16}{'test %':>8}{'published 1x':>14}{'4x':>7}{'L2':>10}{'classes':>9}{'test':>8}",
   ]
   lines += [_line(key, row) for key, row in result["datasets"].items()]
@@ -95,7 +91,7 @@ def _line(key, row):
   )
 
 
-def _strengths(keys):
+def _strengths(keys: ml_collections.ConfigDict) -> np.ndarray:
   """Returns the strengths of the L2 penalty, f64[S], ascending."""
   if not (keys.l2_strengths >= 1 and 0 < keys.l2_low <= keys.l2_high and keys.lbfgs_steps >= 1):
     raise errors.UserError(
@@ -107,7 +103,7 @@ def _strengths(keys):
   return np.geomspace(keys.l2_low, keys.l2_high, keys.l2_strengths)
 
 
-def _finished(workdir, key, settings):
+def _finished(workdir: str, key: str, settings: dict[str, Any]) -> dict[str, Any] | None:
   """Returns the result that an earlier run with the same settings left, or None."""
   path = epath.Path(workdir) / key / "result.json"
   result = json.loads(path.read_text()) if path.exists() else {}
@@ -118,22 +114,26 @@ def _finished(workdir, key, settings):
   )
 
 
-def _opened(tasks, config):
+def _opened(
+  tasks: list[transfer_sets.Task], config: ml_collections.ConfigDict
+) -> tuple[dict[str, dict[str, source.Source]], dict[str, str]]:
   """Returns the splits of each data set by key, and why others are missing, of those that may be."""
-  if importlib.util.find_spec("tensorflow") is None:
-    raise errors.UserError(f"{JOB} reads its data sets by TensorFlow, which is not installed; install it.")
-  from simclr_jax.data import sources
-
+  sources.check_tensorflow("tfds")
   ready, missing = {}, {}
   may_miss = transfer_sets.optional(config.transfer.datasets)
   for task in tasks:
-    where = (
-      {"name": task.location, "data_dir": config.data.dir} if task.source == "tfds" else {"data_dir": task.location}
+    is_tfds = task.source == "tfds"
+    request = source.Request(
+      "",
+      name=task.location if is_tfds else "",
+      data_dir=config.data.dir if is_tfds else task.location,
+      max_bad_share=config.data.max_bad_share,
+      multi_label=True,
     )
     try:
-      names = transfer_sets.splits_of(task, sources.split_names(task.source, **where))
+      names = transfer_sets.splits_of(task, sources.split_names(task.source, request))
       ready[task.key] = {
-        part: sources.load(task.source, split=split, max_bad_share=config.data.max_bad_share, multi_label=True, **where)
+        part: sources.load(task.source, dataclasses.replace(request, split=split))
         for part, split in zip(("train", "validation", "test"), names, strict=True)
         if split
       }
@@ -145,103 +145,57 @@ def _opened(tasks, config):
   return ready, missing
 
 
-def _evaluate(task, splits, encode, variables, config, strengths, mesh):
+def _evaluate(
+  this: experiment.Experiment,
+  task: transfer_sets.Task,
+  splits: dict[str, source.Source],
+  frozen: inference.Representation,
+  path: probes.L2Path,
+) -> dict[str, Any]:
   """Returns what a data set's result says."""
-  train_source = splits["train"]
-  if not train_source.num_classes:
-    raise errors.UserError(f"{JOB} needs labels; {train_source.name} has none.")
-  metric = task.metric or ("map_11" if train_source.multi_label else "top1")
-  score = METRICS[metric][0]
+  train = splits["train"]
+  if not train.num_classes:
+    raise errors.UserError(f"transfer needs labels; {train.name} has none.")
+  metric = task.metric or ("map_11" if train.multi_label else "top1")
   begin = time.monotonic()
-  read = {part: _features(encode, variables, source, config, mesh) for part, source in splits.items()}
+  read = {part: _features(this, frozen, images) for part, images in splits.items()}
   seconds = {"features": time.monotonic() - begin}
   if "validation" not in read:
-    x, y = read["train"]
-    rows = probes.held_back(len(x), config.transfer.validation_share, config.seed)
-    read["train"], read["validation"] = ((x[part], y[part]) for part in rows)
+    share = this.config.transfer.validation_share
+    read["train"], read["validation"] = selection.split_off(read["train"], share, this.config.seed)
   begin = time.monotonic()
-
-  def scored(train, held_out, l2):
-    """Returns the scores of the regressions of penalties l2 (on sums over images) on held-out images."""
-    (x, y), (other_x, other_y) = train, held_out
-    x, other_x, scale = _conditioned(x, other_x)
-    strengths = [value / (len(x) * scale**2) for value in l2]
-    trained = _regressions(task.key, x, y, strengths, train_source.num_classes, config.transfer, mesh)
-    return [score(logits, other_y) for logits in probes.logits(trained, other_x, mesh=mesh)]
-
-  by_strength = scored(read["train"], read["validation"], strengths)
-  # Of equals the strongest penalty.
-  best = len(strengths) - 1 - int(np.argmax(by_strength[::-1]))
-  both = tuple(np.concatenate(arrays) for arrays in zip(read["train"], read["validation"], strict=True))
-  (value,) = scored(both, read["test"], strengths[[best]])
+  best = selection.best_regression(
+    *(task.key, read["train"], read["validation"], read["test"], path),
+    score=METRICS[metric][0],
+    classes=train.num_classes,
+    mesh=this.mesh,
+  )
   seconds["regressions"] = time.monotonic() - begin
+  by_strength = zip(path.l2_strengths, best.validation, strict=True)
   return {
     "metric": metric,
-    "value": value,
-    "l2": float(strengths[best]),
-    "validation": [{"l2": float(l2), "value": value} for l2, value in zip(strengths, by_strength, strict=True)],
-    "examples": {part: len(x) for part, (x, _) in read.items()},
-    "classes": train_source.num_classes,
-    "splits": {part: source.name for part, source in splits.items()},
+    "value": best.value,
+    "l2": float(best.l2),
+    "validation": [{"l2": float(l2), "value": value} for l2, value in by_strength],
+    "examples": {part: len(found.x) for part, found in read.items()},
+    "classes": train.num_classes,
+    "splits": {part: images.name for part, images in splits.items()},
     "published": list(task.published) if task.published else None,
     "seconds": seconds,
   }
 
 
-def _conditioned(x, *others):
-  """Returns features with the mean of x taken off, all divided by one number, and that number.
-
-  The same regressions in other coordinates, which L-BFGS finds in a tenth of the steps: the bias, which is free, takes
-  up the mean, and a penalty divided by the number's square the number.
-
-  Args:
-    x: f[N, D].
-    others: f[M, D] each.
-  """
-  columns = np.array_split(x, -(-x.shape[1] // 64), axis=1)  # Sums in float64 without a copy of x in float64.
-  mean, variance = (
-    np.concatenate([of(part, axis=0, dtype=np.float64) for part in columns]) for of in (np.mean, np.var)
-  )
-  scale = float(np.sqrt(np.mean(variance))) or 1.0
-  return *((part - mean.astype(x.dtype)) / x.dtype.type(scale) for part in (x, *others)), scale
-
-
-def _features(encode, variables, source, config, mesh):
-  """Returns f32[N, D] and label, i32[N] or i32[N, K], of a whole split."""
-  from simclr_jax.data import host_augment, pipeline
-
-  view = lambda content, seed: {"image": host_augment.transfer_view(content, size=config.data.image_size)}
-  rows = pipeline.evaluation_batches(
-    source,
-    view,
-    batch_size=config.eval_batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  x, y = evaluation.features(encode, variables, rows, mesh)
-  knn.check_finite(x, source.name, config.checkpoint)
-  if y.ndim == 1 and np.any(y < 0):
+def _features(
+  this: experiment.Experiment, frozen: inference.Representation, images: source.Source
+) -> features.Features:
+  """Returns the features of a whole split, and its labels, i32[N] or i32[N, K]."""
+  rows = inputs.transfer_pass(images, this.config.data.image_size, batch_size=this.config.eval_batch_size)
+  found = features.of_split(frozen.encode, frozen.variables, rows, this.mesh)
+  features.check_finite(found.x, images.name, this.config.checkpoint)
+  unlabelled = np.sum(found.label < 0) if found.label.ndim == 1 else 0
+  if unlabelled:
     raise errors.UserError(
-      f"{np.sum(y < 0)} of {len(y)} images of {source.name} have no label; name other splits, as "
+      f"{unlabelled} of {len(found.label)} images of {images.name} have no label; name other splits, as "
       "NAME:TRAIN:VALIDATION:TEST."
     )
-  return x, y
-
-
-def _regressions(key, x, y, strengths, classes, keys, mesh):
-  """Returns the logistic regressions of mean-form strengths, and says so where a search did not end."""
-  trained, ended = probes.logistic_regression(
-    *(x, y),
-    classes=classes,
-    l2_strengths=strengths,
-    max_steps=keys.lbfgs_steps,
-    tolerance=keys.lbfgs_tolerance,
-    mesh=mesh,
-  )
-  far = ~(ended["gradient"] <= keys.lbfgs_tolerance)
-  if np.any(far):
-    telemetry.log.warning(
-      "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
-      *(key, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), keys.lbfgs_tolerance),
-    )
-  return trained
+  return found

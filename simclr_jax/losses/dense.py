@@ -1,48 +1,66 @@
-"""The losses that v1 compares NT-Xent with (its tables 2 and 4): margin and NT-logistic, dense and short."""
+"""The losses that v1 compares NT-Xent with in its tables 2 and 4: margin and NT-logistic.
+
+Each device holds its rows of the whole similarity matrix, so memory grows with the square of N.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-KINDS = ("margin", "margin_semi_hard", "nt_logistic", "nt_logistic_semi_hard")
 
+def margin_loss(z: jax.Array, *, temperature: jax.Array, margin: float, semi_hard: bool = False) -> jax.Array:
+  """Returns the mean margin loss over all 2N embeddings.
 
-def pair_loss(kind: str, z: jax.Array, *, temperature: jax.Array, margin: float) -> jax.Array:
-  """Returns the mean over all 2N embeddings of one of KINDS.
-
-  Table 2 of Chen et al. 2020. A row's positive p is the other view of its image, its negatives are those N-1 views of
-  the other images that p was drawn with (v1 section 5.1 too takes the negatives of one view only); its loss is
-
-    margin       the mean over its negatives n of max(0, margin + z.n - z.p)
-    nt_logistic  ln(1 + exp(-z.p / temperature)) + the mean over its negatives of ln(1 + exp(z.n / temperature))
-
-  With semi-hard mining (Schroff et al. 2015) the closest of those negatives that are farther away than the positive
-  stands for all of them; where all are closer, there is none, and no term for it. For a device, memory is that of its
-  rows of the similarities, so it grows with the square of N.
+  Table 2 of Chen et al. 2020. The positive p of a row is the other view of its image, its negatives n are the N-1
+  views of the other images from the other view's draw (section 5.1 of v1 also takes the negatives from one view
+  only). The loss of a row z is the mean over n of max(0, margin + z.n - z.p).
 
   Args:
-    kind: one of KINDS.
-    z: f32[N, 2, D], both views of an image together, normalised if they are to be; N at least 2.
-    temperature: f32[], of nt_logistic.
-    margin: of margin.
+    z: f[N, 2, D], both views of an image together, N at least 2; normalised by the caller where that is wanted.
+    temperature: not used; all losses take it.
+    margin: positive.
+    semi_hard: replaces the mean over the negatives by the closest negative that is farther away than the positive
+      (Schroff et al. 2015); 0 where all negatives are closer.
   """
-  # Second views against first views are the same products, read by columns.
+  del temperature
+  similarity, positive, mask, count = _similarities(z, semi_hard=semi_hard)
+  return _mean(jax.nn.relu(margin + similarity - positive), 0, mask, count)
+
+
+def nt_logistic(z: jax.Array, *, temperature: jax.Array, semi_hard: bool = False) -> jax.Array:
+  """Returns the mean NT-logistic loss over all 2N embeddings.
+
+  Table 2 of Chen et al. 2020, with positives and negatives as in `margin_loss`. The loss of a row z is
+  ln(1 + exp(-z.p / temperature)) plus the mean over n of ln(1 + exp(z.n / temperature)).
+
+  Args:
+    z, semi_hard: as for `margin_loss`.
+    temperature: f[], divides the similarities.
+  """
+  similarity, positive, mask, count = _similarities(z, semi_hard=semi_hard)
+  repulsion, attraction = jax.nn.softplus(similarity / temperature), jax.nn.softplus(-positive / temperature)
+  return _mean(repulsion, attraction, mask, count)
+
+
+def _similarities(z: jax.Array, *, semi_hard: bool) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+  """Returns what both losses are made of.
+
+  Similarities of each row to its K candidates f[2, N, K] and to its positive f[2, N, 1], a mask bool[..., N, K] of
+  the candidates that are negatives, and their number in a row. K is N, or 1 with semi-hard mining.
+  """
+  # The products of second with first views are those of first with second views, transposed.
   across = jnp.matmul(z[:, 0], z[:, 1].T, precision=lax.Precision.HIGHEST)
   similarity = jnp.stack([across, across.T])
   positive = jnp.diagonal(across)[None, :, None]
   negative = ~jnp.eye(z.shape[0], dtype=bool)[None]
+  if not semi_hard:
+    return similarity, positive, negative, z.shape[0] - 1
+  farther = negative & (similarity < positive)
+  negative = jnp.any(farther, axis=2, keepdims=True)
+  closest = jnp.max(jnp.where(farther, similarity, -jnp.inf), axis=2, keepdims=True)
+  # Infinity must not reach the logarithms: in the gradient, 0 times infinity is NaN.
+  return jnp.where(negative, closest, 0), positive, negative, 1
 
-  if kind.endswith("_semi_hard"):
-    farther = negative & (similarity < positive)
-    negative = jnp.any(farther, axis=2, keepdims=True)
-    closest = jnp.max(jnp.where(farther, similarity, -jnp.inf), axis=2, keepdims=True)
-    # Infinity must not reach the logarithms: in a gradient, zero times infinity is not a number.
-    similarity, count = jnp.where(negative, closest, 0), 1
-  else:
-    count = z.shape[0] - 1
 
-  if kind.startswith("margin"):
-    terms, attraction = jax.nn.relu(margin + similarity - positive), 0
-  else:
-    terms, attraction = jax.nn.softplus(similarity / temperature), jax.nn.softplus(-positive / temperature)
-  return jnp.mean(jnp.sum(jnp.where(negative, terms, 0), axis=2, keepdims=True) / count + attraction)
+def _mean(repulsion: jax.Array, attraction: jax.Array | int, mask: jax.Array, count: int) -> jax.Array:
+  return jnp.mean(jnp.sum(jnp.where(mask, repulsion, 0), axis=2, keepdims=True) / count + attraction)

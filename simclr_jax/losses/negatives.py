@@ -1,4 +1,4 @@
-"""Negatives from earlier steps (v2 section 3.1, after MoCo): a slow copy of the network, and what it embedded."""
+"""The queue of negatives from earlier steps, after MoCo (v2 section 3.1), and the averaged weights that embed them."""
 
 from typing import Any
 
@@ -9,40 +9,40 @@ from jax import lax
 from simclr_jax import errors, losses
 from simclr_jax.hardware import sharding
 
-# Of the model's parameters: what it takes to embed an image.
+# Parts of the model that an embedding takes.
 PARTS = ("encoder", "projection_head")
 
-# "params": the moving averages of these parts; "buffer": f[size, D], on every device.
-Memory = dict[str, Any]
+# "params": moving averages of the weights of PARTS; "buffer": embeddings f[size, D], replicated.
+Queue = dict[str, Any]
 
 
 def check(size: int, decay: float, *, batch_size: int, kind: str) -> None:
-  """Raises a UserError unless a memory of `size` embeddings (0: none) goes with this batch and this loss."""
+  """Raises a UserError unless a queue of `size` embeddings (0: none) fits the batch and the kind of loss."""
   if not size:
     return
   views = 2 * batch_size
   if size < 0 or size % views:
     near = max(round(size / views), 1) * views
     raise errors.UserError(
-      f"config.memory.size is {size}, and a batch of {batch_size} images brings {views} embeddings; use a multiple of "
-      f"{views}, for example {near}, or 0 for no memory."
+      f"config.memory.size is {size}, and a batch of {batch_size} images gives {views} embeddings; use a multiple of "
+      f"{views}, for example {near}, or 0 for no queue."
     )
   if not 0 <= decay < 1:
     raise errors.UserError(f"config.memory.decay is {decay}; it must be at least 0 and below 1, for example 0.999.")
-  if kind not in losses.WITH_MEMORY:
+  if kind not in losses.WITH_QUEUE:
     raise errors.UserError(
-      f"config.loss.kind {kind} takes no negatives from a memory; use {' or '.join(losses.WITH_MEMORY)}, or "
+      f"config.loss.kind {kind} takes no queue of negatives; use {' or '.join(losses.WITH_QUEUE)}, or "
       "config.memory.size=0."
     )
 
 
-def shapes(params, embedding: jax.ShapeDtypeStruct, size: int) -> Memory:
-  """Returns shapes, types and placements of the memory of a model; its weights are placed as the model's are.
+def shapes(params: dict[str, Any], embedding: jax.ShapeDtypeStruct, size: int) -> Queue:
+  """Returns the queue of a model as shapes with dtypes and placements; the weights are placed as the model's are.
 
   Args:
-    params: the model's by part, arrays or their placed shapes.
-    embedding: f[..., D], what the network makes of images.
-    size: embeddings that are kept.
+    params: the model's by part, arrays or shapes with placements.
+    embedding: f[..., D], the output of the projection head.
+    size: number of embeddings.
   """
   copies = {part: params[part] for part in PARTS if part in params}
   mesh = jax.tree.leaves(copies)[0].sharding.mesh
@@ -53,12 +53,12 @@ def shapes(params, embedding: jax.ShapeDtypeStruct, size: int) -> Memory:
   }
 
 
-def create(params, embedding: jax.ShapeDtypeStruct, size: int) -> Memory:
-  """Returns the memory before the first step: the model's weights as they are, and nothing embedded; see `shapes`."""
+def create(params: dict[str, Any], embedding: jax.ShapeDtypeStruct, size: int) -> Queue:
+  """Returns the queue before the first step: a copy of the model's weights and an empty buffer; see `shapes`."""
   wanted = shapes(params, embedding, size)
   buffer = wanted["buffer"]
 
-  # Copies in fact: the state is donated, and no array can be given away twice.
+  # The copy must be a real one: the state is donated, and no buffer can be donated twice.
   def copied(params):
     return {"params": jax.tree.map(jnp.copy, params), "buffer": jnp.zeros(buffer.shape, buffer.dtype)}
 
@@ -66,31 +66,33 @@ def create(params, embedding: jax.ShapeDtypeStruct, size: int) -> Memory:
   return jax.jit(copied, out_shardings=placement)({part: params[part] for part in wanted["params"]})
 
 
-def filled(memory: Memory, step: jax.Array, views: int) -> jax.Array:
-  """Returns i32[]: how many rows of the buffer hold embeddings after `step` steps of so many views."""
-  size = memory["buffer"].shape[0]
+def filled(queue: Queue, step: jax.Array, views: int) -> jax.Array:
+  """Returns i32[], the number of valid rows of the buffer after `step` steps of `views` embeddings each."""
+  size = queue["buffer"].shape[0]
   return jnp.minimum(step, size // views) * views
 
 
-def after(memory: Memory, step: jax.Array, z: jax.Array, params, *, decay: float, mesh) -> Memory:
-  """Returns the memory after a step: the oldest embeddings give way to z, and the weights follow the model's.
+def after(
+  queue: Queue, step: jax.Array, z: jax.Array, params: dict[str, Any], *, decay: float, mesh: jax.sharding.Mesh | None
+) -> Queue:
+  """Returns the queue after a step: z replaces the oldest embeddings, and the averages follow the model's weights.
 
   Args:
-    memory: before the step.
-    step: i32[], the steps before this one; where the oldest embeddings are follows from it.
-    z: f[N, 2, D], what the memory's network made of this batch, as it is to be scored.
+    queue: before the step.
+    step: i32[], number of earlier steps, which says where the oldest embeddings are.
+    z: f[N, 2, D], this batch embedded by the averaged weights, normalised by the caller where the loss normalises.
     params: the model's after the step.
     decay: of the moving average.
-    mesh: the devices that share N; None for one.
+    mesh: the devices that share N; None for one device.
   """
-  buffer = memory["buffer"]
+  buffer = queue["buffer"]
   z = z.reshape(-1, z.shape[-1]).astype(buffer.dtype)
   if mesh is not None:
     z = lax.with_sharding_constraint(z, sharding.replicated(mesh))
-  # The remainder first: a long run has more views than an int32 can count.
+  # The remainder comes first: the number of embeddings of a long run overflows int32.
   start = step % (buffer.shape[0] // z.shape[0]) * z.shape[0]
   average = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
   return {
-    "params": {part: jax.tree.map(average, old, params[part]) for part, old in memory["params"].items()},
+    "params": {part: jax.tree.map(average, old, params[part]) for part, old in queue["params"].items()},
     "buffer": lax.dynamic_update_slice_in_dim(buffer, z, start, axis=0),
   }

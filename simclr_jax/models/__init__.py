@@ -1,1 +1,1 @@
-"""The encoder, the heads on top of it, and the two networks that the jobs train."""
+"""Encoders, the heads on top of them, and the networks that are trained."""

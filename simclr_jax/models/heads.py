@@ -15,7 +15,7 @@ class ProjectionHead(nn.Module):
 
   Layers 1 to L-1: dense to d, batch norm, ReLU. Layer L: dense to `out_dim` and a batch norm with
   scale only. No dense layer has a bias. `layers=1` is the linear head, `layers=0` returns [h].
-  Section 4.2 of Chen et al. 2020 names the shape, the reference's code the batch norms.
+  Section 4.2 of Chen et al. 2020; the batch norms are those of the reference's code.
   """
 
   layers: int = 3

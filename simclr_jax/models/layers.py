@@ -1,6 +1,7 @@
-"""The convolution and the batch normalisation that the encoder and the heads are made of."""
+"""Convolution, batch normalisation and dense layers as encoders and heads use them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,26 +13,26 @@ from simclr_jax.models import convolution
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
-  """Returns the type for statistics and outputs of a network that computes in `dtype`."""
+  """Returns the dtype for statistics and outputs of a network that computes in `dtype`."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _our_convolution():
+def _our_convolution() -> Callable[..., jax.Array]:
   return convolution.convolve
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """Makes layers that compute in `dtype` and keep their parameters in `param_dtype`."""
+  """Creates layers that compute in `dtype` with parameters in `param_dtype`."""
 
   dtype: Any
   param_dtype: Any
 
   def conv(self, features: int, kernel: int, stride: int = 1, *, bias: bool = False, name: str) -> nn.Conv:
-    """Returns a convolution whose padding depends on its kernel alone, not on the image.
+    """Returns a convolution whose padding depends only on the kernel, as in the reference.
 
-    At stride 1 that is SAME; at stride 2, SAME would shift even-sized images by one pixel.
-    Linen's default initialiser is the one wanted: LeCun's truncated normal, not He's.
+    At stride 1 this is SAME; at stride 2, SAME would shift even-sized images by one pixel.
+    The kernel is initialised with LeCun's truncated normal, Linen's default.
     """
     before = (kernel - 1) // 2
     padding = (before, kernel - 1 - before)
@@ -50,11 +51,11 @@ class Layers:
   def batch_norm(self, *, train: bool, zero_scale: bool = False, bias: bool = True, name: str) -> nn.BatchNorm:
     """Returns a batch normalisation over the global batch; its output is in at least float32.
 
-    Moving averages decay by 0.9 and hold the biased variance. There is no axis name: under jit
-    the mean over a sharded batch already is the mean over all devices.
+    Moving averages decay by 0.9, those of the variance are of the biased one. No axis name is needed: under jit
+    the mean over a sharded batch is the mean over all devices.
     """
     dtype = at_least_float32(self.dtype)
-    # Never narrower than the statistics, or the first update would change the state's types.
+    # Not narrower than the statistics, because the first update would change the dtypes of the state.
     param_dtype = jnp.promote_types(self.param_dtype, dtype)
     return nn.BatchNorm(
       use_running_average=not train,
@@ -64,14 +65,14 @@ class Layers:
       scale_init=nn.initializers.zeros if zero_scale else nn.initializers.ones,
       dtype=dtype,
       param_dtype=param_dtype,
-      # What the name hides: with True, Linen creates the moving averages in float32 whatever
-      # param_dtype says. The arithmetic is in `dtype` either way.
+      # With True, Linen creates the moving averages in float32 whatever param_dtype is. The flag does not change the
+      # precision of the reductions, which are in `dtype`.
       force_float32_reductions=param_dtype == jnp.float32,
       name=name,
     )
 
   def dense(self, features: int, *, name: str) -> nn.Dense:
-    """Returns a dense layer without bias, drawn from N(0, 0.01^2) as the reference's heads."""
+    """Returns a dense layer without bias, initialised from N(0, 0.01^2) as in the reference's heads."""
     return nn.Dense(
       features,
       use_bias=False,
@@ -83,7 +84,11 @@ class Layers:
 
 
 def as_float(images: jax.Array, dtype: Any) -> jax.Array:
-  """Returns images in `dtype`; uint8 ones are divided by 255, in at least float32."""
+  """Returns images in `dtype`; uint8 images are divided by 255 in at least float32.
+
+  Raises:
+    UserError: images are neither uint8 nor floats.
+  """
   if images.dtype == jnp.uint8:
     images = images.astype(at_least_float32(dtype)) / 255
   if not jnp.issubdtype(images.dtype, jnp.floating):

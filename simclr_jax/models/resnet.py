@@ -1,6 +1,7 @@
 """ResNet encoders as SimCLR uses them: wide, with selective kernels, for large and small images."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,13 +22,8 @@ def channels(base: int, width: float) -> int:
   return max(1, round(base * width))
 
 
-def group_of(name: str) -> int:
-  """Returns the block group, from 1, that a module of the encoder belongs to by its name; 0 for the stem."""
-  return 0 if name.startswith("stem_") else int(name.removeprefix("group").partition("_")[0])
-
-
 def remat_of_groups(remat: str) -> list[str]:
-  """Returns the policies of the four block groups, from one for all (`convs`) or four (`blocks,convs,none,none`)."""
+  """Returns the policies of the four block groups, given one for all (`convs`) or four (`blocks,convs,none,none`)."""
   policies = remat.replace(" ", "").split(",")
   for policy in policies:
     if policy not in REMAT:
@@ -38,7 +34,7 @@ def remat_of_groups(remat: str) -> list[str]:
 
 
 class SelectiveKernel(nn.Module):
-  """Two 3x3 convolutions, mixed channel by channel with weights from their pooled sum.
+  """Two 3x3 convolutions, averaged per channel with weights computed from their pooled sum.
 
   f[N, H, W, C] -> f[N, ceil(H / stride), ceil(W / stride), features]. Li et al. 2019, in the form
   of SimCLR v2: both branches are 3x3 without dilation, so one convolution computes them.
@@ -79,9 +75,9 @@ class SqueezeExcite(nn.Module):
 class Block(nn.Module):
   """A residual block, basic or bottleneck: f[N, H, W, C] -> f[N, H / stride, W / stride, C'].
 
-  `filters` counts the channels of the 3x3 convolutions; a bottleneck returns four times as many.
-  The stride is on the first 3x3 convolution. The last batch norm starts at scale zero, so that a
-  fresh block passes its shortcut through.
+  `filters` is the number of channels of the 3x3 convolutions; a bottleneck returns four times as many.
+  The stride is on the first 3x3 convolution. The scale of the last batch norm is initialised with zero, so a
+  block starts as its shortcut.
   """
 
   filters: int
@@ -122,8 +118,8 @@ class Block(nn.Module):
   def _projection(self, x: jax.Array, features: int, *, train: bool) -> jax.Array:
     stride = self.stride
     if self.sk_ratio > 0:
-      # ResNet-D. At stride 2 an odd image gets a row and a column of zeros, which do count in the
-      # average; at stride 1 the padding does not.
+      # ResNet-D. At stride 2 an odd size is padded with zeros that count in the average, as in the reference; at
+      # stride 1 the padding does not count.
       if stride > 1:
         x = nn.avg_pool(x, (2, 2), (stride, stride), padding=((0, 1), (0, 1)))
       else:
@@ -136,19 +132,26 @@ class Block(nn.Module):
 class ResNet(nn.Module):
   """The encoder: images f[N, H, W, 3] in [0, 1], or u8, -> h f[N, 512 or 2048 times width].
 
-  He et al. 2016 with the stride on the 3x3 convolution, and a projection shortcut in the first
-  block of every group. `sk_ratio` > 0 (0.0625 in SimCLR v2) brings selective kernels to bottleneck
-  blocks, and ResNet-D's stem and shortcuts to all; `small_images` the 3x3 stem without pooling.
+  He et al. 2016 with the stride on the 3x3 convolution and a projection shortcut in the first block of every group.
   Statistics and h are in at least float32, whatever `dtype` is. The tensors `initial_conv` (before
   batch norm), `initial_max_pool`, `block_group1` to `block_group4` and `final_avg_pool` are sown
   as intermediates. The modules are created in the order in which the reference numbers its layers.
+  The stages (see `encoders.Encoder`) are the stem and the four block groups.
 
-  `remat` trades time for memory and changes no result, see `remat_of_groups`: `convs` keeps the
-  convolutions' outputs and computes batch norm and ReLU again, `blocks` keeps the blocks' inputs alone.
-
-  `after_block` freezes what comes before: 0 the stem, k block group k and all before it, -1 nothing. What is frozen
-  runs in inference mode, and gets no gradient.
+  Attributes:
+    depth: 10, 18, 34, 50, 101, 152 or 200 layers; 10 has one basic block in a group.
+    width: multiplies the channels of all layers; may be a fraction.
+    sk_ratio: above 0 (0.0625 in SimCLR v2), bottleneck blocks have selective kernels, and all depths the stem and
+      the shortcuts of ResNet-D.
+    se_ratio: above 0, blocks end with squeeze-and-excite of this reduction.
+    small_images: 3x3 stem at stride 1 without max-pooling, for CIFAR.
+    remat: rematerialisation of the block groups in the backward pass, see `remat_of_groups`; changes no result. `convs`
+      keeps the outputs of the convolutions, `blocks` the inputs of the blocks, `none` everything.
+    dtype: of the computation.
+    param_dtype: of the parameters.
   """
+
+  stages: ClassVar[tuple[str, ...]] = ("stem", "group1", "group2", "group3", "group4")
 
   depth: int = 50
   width: float = 1
@@ -159,18 +162,24 @@ class ResNet(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
+  @nn.nowrap
+  def stage_of(self, name: str) -> int:
+    """Returns the index in `stages` of a top-level module: 0 for `stem_conv1`, 2 for `group2_block1`."""
+    return self.stages.index(name.partition("_")[0])
+
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool, after_block: int = -1) -> jax.Array:
+  def __call__(self, images: jax.Array, *, train: bool, after_stage: int = -1) -> jax.Array:
+    """Returns h; see `encoders.Encoder` for the arguments."""
     if self.depth not in BLOCKS:
       known = ", ".join(map(str, BLOCKS))
       raise errors.UserError(f"ResNet depth is {self.depth}; the known ones are {known}.")
     if self.width <= 0:
-      raise errors.UserError(f"ResNet width is {self.width}; it multiplies channels: more than 0.")
+      raise errors.UserError(f"ResNet width is {self.width}; it multiplies the channels and must be above 0.")
     if images.ndim != 4 or images.shape[-1] != 3:
-      raise errors.UserError(f"images have shape {images.shape}; a ResNet takes [batch, height, width, 3]: RGB, last.")
+      raise errors.UserError(f"images have shape {images.shape}; a ResNet takes RGB images [batch, height, width, 3].")
     make = layers.Layers(self.dtype, self.param_dtype)
-    x = self._stem(layers.as_float(images, self.dtype), make, train=train and after_block < 0)
-    if after_block == 0:
+    x = self._stem(layers.as_float(images, self.dtype), make, train=train and after_stage < 0)
+    if after_stage == 0:
       x = jax.lax.stop_gradient(x)
     remat = remat_of_groups(self.remat)
     for group, blocks in enumerate(BLOCKS[self.depth]):
@@ -185,8 +194,8 @@ class ResNet(nn.Module):
           make=make,
           name=f"group{group + 1}_block{block + 1}",
         )
-        x = _with_remat(remat[group], train and group >= after_block)(residual, x)
-      if after_block == group + 1:
+        x = _with_remat(remat[group], train and group >= after_stage)(residual, x)
+      if after_stage == group + 1:
         x = jax.lax.stop_gradient(x)
       self.sow("intermediates", f"block_group{group + 1}", x)
     h = x.mean(axis=(1, 2), dtype=layers.at_least_float32(self.dtype))
@@ -213,8 +222,8 @@ class ResNet(nn.Module):
     return x
 
 
-def _with_remat(policy: str, train: bool):
-  """Returns (block, x) -> block(x), with what the backward pass needs recomputed as `policy` says."""
+def _with_remat(policy: str, train: bool) -> Callable[[Block, jax.Array], jax.Array]:
+  """Returns (block, x) -> block(x), rematerialised in the backward pass by this policy of `REMAT`."""
   call = lambda block, x: block(x, train=train)
   if policy == "none":
     return call

@@ -5,24 +5,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from simclr_jax.models import resnet
+from simclr_jax.models import encoders
 
 
 class SimCLR(nn.Module):
-  """Encoder, projection head and an online classifier that the encoder does not feel.
+  """Encoder, projection head and an online classifier whose gradient stops before the encoder.
 
-  The parameter tree has the keys `encoder`, `projection_head` and, with a classifier,
-  `linear_head`.
+  The parameter tree has the keys `encoder`, `projection_head` and, with a classifier, `linear_head`.
   """
 
-  encoder: nn.Module
+  encoder: encoders.Encoder
   projection_head: nn.Module
   linear_head: nn.Module | None = None
 
   def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns h f[M, d], z f[M, D] and logits f[M, K] of images f[M, H, W, 3]; logits may be None.
+    """Returns h f[M, d], z f[M, D] and logits f[M, K] of images f[M, H, W, 3]; without a classifier, logits are None.
 
-    Both views of a batch belong into one call: batch norm takes its statistics over all M.
+    Both views of a batch go into one call, because batch norm takes its statistics over all M.
     """
     h = self.encoder(images, train=train)
     z = self.projection_head(h, train=train)[-1]
@@ -31,12 +30,12 @@ class SimCLR(nn.Module):
 
 
 class Representation(nn.Module):
-  """Encoder and projection head, read at a layer: 0 is h, 1 the output of the first layer, ..., -1 is z.
+  """Encoder and projection head up to a layer: 0 is h, 1 the output of the first layer, ..., -1 is z.
 
-  The keys of the tree are `encoder` and, where a layer is asked for, `projection_head`.
+  The parameter tree has the keys `encoder` and, with a projection head, `projection_head`.
   """
 
-  encoder: nn.Module
+  encoder: encoders.Encoder
   projection_head: nn.Module | None = None
   layer: int = 0
 
@@ -47,39 +46,43 @@ class Representation(nn.Module):
 
 
 class Classifier(nn.Module):
-  """Encoder and linear classifier on top of a `Representation`; the keys of the tree are its and `linear_head`.
+  """Linear classifier on h or on a layer of the projection head, with frozen stages for fine-tuning.
+
+  The parameter tree has the keys `encoder`, `linear_head` and, with a projection head, `projection_head`.
 
   Attributes:
-    after_block: what comes before is frozen: -1 nothing, 0 the stem, k block group k and all before it.
+    layer: of the projection head, as in `Representation`.
+    after_stage: index of the encoder's last frozen stage, -1 for none.
     frozen_head: whether the projection head is frozen too.
   """
 
-  encoder: nn.Module
+  encoder: encoders.Encoder
   linear_head: nn.Module
   projection_head: nn.Module | None = None
   layer: int = 0
-  after_block: int = -1
+  after_stage: int = -1
   frozen_head: bool = False
 
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Returns logits f[M, K] of images f[M, H, W, 3].
 
-    What is frozen uses its moving averages, keeps them, and gets no gradient. The projection head runs whole: while
-    it learns, the moving averages of the layers above `layer` follow, as in the reference's TF2 code.
+    Frozen parts run in inference mode, keep their moving averages and get no gradient. All layers of the projection
+    head run: while it is trained, the moving averages of the layers above `layer` are updated too, as in the
+    reference's TF2 code.
     """
-    h = self.encoder(images, train=train, after_block=self.after_block)
+    h = self.encoder(images, train=train, after_stage=self.after_stage)
     if self.projection_head is not None:
       h = self.projection_head(h, train=train and not self.frozen_head)[self.layer]
     return self.linear_head(h)
 
 
 def trained_part(model: Classifier, params: dict[str, Any]) -> dict[str, Any]:
-  """Returns the parameters that learn: a tree of the same form without the rest.
+  """Returns the tree of the parameters that are trained, without the frozen ones.
 
-  Of the projection head these are the layers up to the one that feeds the classifier. Those above it get no gradient;
-  the reference's TF2 code leaves them out as well, so that not even weight decay touches them.
+  Layers of the projection head above the classifier's input are left out, as in the reference's TF2 code: they get no
+  gradient, and weight decay must not change them.
   """
-  encoder = {name: tree for name, tree in params["encoder"].items() if resnet.group_of(name) > model.after_block}
+  encoder = {name: tree for name, tree in params["encoder"].items() if model.encoder.stage_of(name) > model.after_stage}
   parts = {"encoder": encoder, "linear_head": params["linear_head"]}
   if "projection_head" in params and not model.frozen_head:
     head = params["projection_head"]
@@ -89,8 +92,21 @@ def trained_part(model: Classifier, params: dict[str, Any]) -> dict[str, Any]:
   return {name: tree for name, tree in parts.items() if tree}
 
 
+def moving_part(model: Classifier, batch_stats: dict[str, Any]) -> dict[str, Any]:
+  """Returns the tree of the moving averages that training changes, without the frozen ones.
+
+  The projection head runs whole: while it learns, the averages of the layers above the classifier's input move too.
+  """
+  frozen = ("projection_head",) if model.frozen_head else ()
+  parts = {name: tree for name, tree in batch_stats.items() if name not in frozen}
+  if "encoder" in parts:
+    stage_of = model.encoder.stage_of
+    parts["encoder"] = {name: tree for name, tree in parts["encoder"].items() if stage_of(name) > model.after_stage}
+  return parts
+
+
 def merged(params: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-  """Returns `params` with the leaves of `part`, a tree of the same form with some of them, in place of its own."""
+  """Returns `params` with the leaves that `part`, a subtree of the same form, has in place of its own."""
   return {
     name: merged(tree, part[name]) if name in part and isinstance(tree, dict) else part.get(name, tree)
     for name, tree in params.items()

@@ -1,1 +1,1 @@
-"""The reference's released networks: names, files, architecture."""
+"""The reference's released networks: variable names, files, architecture."""

@@ -1,27 +1,29 @@
-"""The network that the reference's variables belong to: depth, width, ratios and heads, from their shapes alone."""
+"""The architecture of a released network (depth, width, ratios, heads), inferred from the shapes of its variables."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from simclr_jax import errors
 from simclr_jax.models import resnet
-from simclr_jax.released import names as reference
+from simclr_jax.released import names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Where shapes leave a ratio open (32 channels are the least of a selective kernel), the one of all v2 releases.
-RELEASED_SK_RATIO = 0.0625
+# A selective kernel reduces to at least this many channels, so several ratios may give the same shapes; the ratio of
+# all v2 releases is preferred then.
 SMALLEST_REDUCTION = 32
+RELEASED_SK_RATIO = 0.0625
 
 
 class Architecture(NamedTuple):
-  """A network of ours.
+  """The architecture of a network.
 
   Attributes:
-    encoder: keyword arguments of `resnet.ResNet`: depth, width, sk_ratio, se_ratio, small_images.
-    dims: numbers in h, and in the output of each layer of the projection head.
-    classes: of the linear head; 0 where there is none.
-    classifier_dim: how many numbers the linear head reads.
+    encoder: fields of `resnet.ResNet`, so keys of the config's `model` section: depth, width, sk_ratio, se_ratio and
+      small_images.
+    dims: size of h, then of the output of each layer of the projection head.
+    classes: of the linear head; 0 without one.
+    classifier_dim: input size of the linear head; 0 without one.
   """
 
   encoder: dict[str, int | float | bool]
@@ -31,15 +33,15 @@ class Architecture(NamedTuple):
 
   @property
   def layers(self) -> int:
-    """Of the projection head; 0 where there is none."""
+    """Number of layers of the projection head; 0 without one."""
     return len(self.dims) - 1
 
 
 def of(shapes: Shapes) -> Architecture:
-  """Returns the network whose variables have these names and shapes; `reference.paths` checked the names.
+  """Returns the architecture of the network whose variables have these names and shapes.
 
   Args:
-    shapes: by reference name.
+    shapes: by reference name; the names are those that `names.paths` returns for them.
 
   Raises:
     UserError: there is no encoder, or no width and ratio give its channels.
@@ -57,11 +59,11 @@ def of(shapes: Shapes) -> Architecture:
 
 
 def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
-  """Returns the keyword arguments of `resnet.ResNet`, and how many numbers its output has."""
-  form = reference.form_of(shapes)
+  """Returns fields of `resnet.ResNet`, and the size of its output."""
+  form = names.form_of(shapes)
   channels = {
     path[2:-1]: shapes[name][-1]
-    for name, path in reference.encoder_paths(reference.encoder_layers(**form._asdict())).items()
+    for name, path in names.encoder_paths(names.encoder_layers(**form._asdict())).items()
     if path[-1] == "kernel"
   }
   blocks = [f"group{group}_block1" for group in range(1, 5)]
@@ -74,7 +76,7 @@ def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
     reduced = [channels[block, "selective", "reduce"] for block in blocks]
     sk_ratio = _ratio("selective kernels", filters, reduced, SMALLEST_REDUCTION, (RELEASED_SK_RATIO,))
   elif form.stem == "three":
-    # Basic blocks have ResNet-D's parts for any ratio above 0, and no selective kernels.
+    # Networks with basic blocks have ResNet-D's stem and shortcuts at any ratio above 0, and no selective kernels.
     sk_ratio = RELEASED_SK_RATIO
   if form.squeeze:
     reduced = [channels[block, "squeeze_excite", "reduce"] for block in blocks]
@@ -90,7 +92,7 @@ def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
 
 
 def _width(filters: list[int]) -> float:
-  """Returns the width multiplier that makes 64, 128, 256 and 512 channels these."""
+  """Returns the width multiplier that turns 64, 128, 256 and 512 channels into these."""
   bases = [64 * 2**group for group in range(4)]
   low = max((count - 0.5) / base for count, base in zip(filters, bases, strict=True))
   high = min((count + 0.5) / base for count, base in zip(filters, bases, strict=True))
@@ -99,7 +101,7 @@ def _width(filters: list[int]) -> float:
 
 
 def _ratio(what: str, filters: list[int], reduced: list[int], least: int, preferred: Iterable[float] = ()) -> float:
-  """Returns the ratio for which max(int(filters * ratio), least) is what each group has."""
+  """Returns the ratio for which max(int(filters * ratio), least) equals `reduced` in each group."""
   pairs = list(zip(filters, reduced, strict=True))
   low = max(0 if count == least else count / base for base, count in pairs)
   high = min((count + 1) / base for base, count in pairs)
@@ -112,7 +114,7 @@ def _ratio(what: str, filters: list[int], reduced: list[int], least: int, prefer
 def _simplest(
   problem: str, low: float, high: float, fits: Callable[[float], bool], preferred: Iterable[float] = ()
 ) -> float:
-  """Returns the number between `low` and `high` that fits and has the fewest digits, or a preferred one that fits."""
+  """Returns a preferred number that fits, or the one with the fewest digits around the middle of `low` and `high`."""
   middle = (low + high) / 2
   candidates = [*preferred, *(round(middle, digits) for digits in range(10))]
   for candidate in candidates:

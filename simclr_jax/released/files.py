@@ -1,10 +1,10 @@
-"""Weights in the files that the reference writes, TF1 and TF2, under the names that they have in TF1."""
+"""Reads weights from the reference's TF1 and TF2 files, under their TF1 names."""
 
 import collections
 import importlib.util
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,18 +12,17 @@ from simclr_jax import errors
 
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
-# v2's pretraining keeps a second network, the average of the first one, under this scope; TensorFlow's own averages
-# carry a suffix.
+# v2's pretraining keeps the averaged network under this scope; TensorFlow's own averages have this suffix.
 EMA_SCOPE = "ema_model/"
 EMA_SUFFIX = "/ExponentialMovingAverage"
 
-# What a file holds beside weights, and how it is told.
+# Patterns of variables that are not weights, by name in a TF1 checkpoint.
 LEFT_OUT = {
   "optimizer slots": r".*/(Momentum|LARSOptimizer|Adam|Adam_1)|beta[12]_power",
   "step counters": r"global_step|save_counter|(.*/)?iter",
   "v2's memory of embeddings": r"memory(/.*)?",
 }
-# The same in a TF2 checkpoint, by the key under which the object keeps it.
+# The same in a TF2 checkpoint, by key.
 LEFT_OUT_KEYS = {
   "optimizer slots": r".*/\.OPTIMIZER_SLOT/.*|optimizer/.*",
   "step counters": r"(global_step|save_counter)/.*",
@@ -36,11 +35,11 @@ class Contents(NamedTuple):
   """The weights in a file.
 
   Attributes:
-    path: what was read, without the suffix `.index`.
+    path: of the file that was read, without the suffix `.index`.
     form: `TF1 checkpoint`, `TF1 hub module`, `TF2 checkpoint` or `TF2 SavedModel`.
     variables: f32 arrays by TF1 name.
-    left_out: how many variables of each kind were not taken.
-    notes: sentences on what was taken in place of something else.
+    left_out: number of variables of each kind that were not read.
+    notes: sentences on weights without moving averages.
   """
 
   path: str
@@ -56,10 +55,10 @@ def read(source: str, *, ema: bool) -> Contents:
   Args:
     source: a checkpoint's prefix (`model.ckpt-250228`) or one of its files, or the folder of a checkpoint or of a
       SavedModel; local or gs://.
-    ema: take the moving averages of the weights in place of the weights.
+    ema: whether to read the moving averages in place of the weights.
 
   Raises:
-    UserError: there is none, it cannot be read, or it holds no moving averages.
+    UserError: there is no such file, it cannot be read, or it has no moving averages.
   """
   if importlib.util.find_spec("tensorflow") is None:
     raise errors.UserError(
@@ -73,7 +72,7 @@ def read(source: str, *, ema: bool) -> Contents:
   keys = reader.get_variable_to_shape_map()
   is_tf2 = OBJECT_GRAPH in keys
   tensor = lambda key: _checked(prefix, reader.get_tensor, key)
-  names, left_out = _tf2_names(tensor(OBJECT_GRAPH)) if is_tf2 else _without_rest({key: key for key in keys})
+  names, left_out = _tf2_names(tensor(OBJECT_GRAPH)) if is_tf2 else _weights_alone({key: key for key in keys})
   names, notes = _chosen(names, left_out, ema=ema)
   variables = {name: np.asarray(tensor(key), np.float32) for name, key in sorted(names.items())}
   tf1, tf2 = ("TF1 hub module", "TF2 SavedModel") if is_saved_model else ("TF1 checkpoint", "TF2 checkpoint")
@@ -81,12 +80,15 @@ def read(source: str, *, ema: bool) -> Contents:
 
 
 def tf1_names(full_names: Mapping[str, str]) -> dict[str, str]:
-  """Returns TF1 name -> value of {the name that a variable has in the TF2 code: value}.
+  """Returns TF1 name -> value, given {name in the TF2 code: value}.
 
   The TF2 code nests the scopes of its layers (`resnet/block_group1/bottleneck_block/conv2d_fixed_padding_1/conv2d_1/
-  kernel`), says `sync_batch_normalization` where statistics are global, and numbers the layers of each class through
-  the whole network, in order of creation, which is TF1's: shortcuts come first in their block. A name that is not of
-  the network stays as it is.
+  kernel`) and calls batch norms with global statistics `sync_batch_normalization`. It numbers the layers of each class
+  through the whole network in order of creation, as TF1 does: shortcuts come first in their block. Names of variables
+  outside the network are returned unchanged.
+
+  Raises:
+    UserError: two variables get the same name.
   """
   scope = r"(?:.*/)?"
   norm = r"(?:sync_)?batch_normalization"
@@ -94,7 +96,7 @@ def tf1_names(full_names: Mapping[str, str]) -> dict[str, str]:
   projection = re.compile(rf"{scope}projection_head(?:_\d+)?/(n?l_\d+)/{scope}(dense|{norm})(?:_\d+)?/({LEAVES})")
   linear = re.compile(rf"{scope}head_supervised(?:_\d+)?/linear_layer/dense(?:_\d+)?/({LEAVES})")
   matches = {name: encoder.fullmatch(name) for name in full_names}
-  # A process that built another network before goes on counting where that one ended.
+  # A process that built another network before continues its numbers.
   first = {
     kind: min((int(m[2] or 0) for m in matches.values() if m and _kind(m[1]) == kind), default=0)
     for kind in ("conv2d", "batch_normalization")
@@ -122,8 +124,8 @@ def _kind(layer: str) -> str:
   return layer.removeprefix("sync_")
 
 
-def _find(source: str, tf) -> tuple[str, bool]:
-  """Returns the prefix of the checkpoint that `source` is or holds, and whether it is a SavedModel's."""
+def _find(source: str, tf: Any) -> tuple[str, bool]:
+  """Returns the prefix of the checkpoint at or in `source`, and whether it belongs to a SavedModel."""
   files = tf.io.gfile
   path = source.rstrip("/")
   if files.isdir(path):
@@ -133,7 +135,7 @@ def _find(source: str, tf) -> tuple[str, bool]:
       return f"{path}/variables/variables", True
     found = sorted(name.removesuffix(".index") for name in files.listdir(path) if name.endswith(".index"))
     state = tf.train.get_checkpoint_state(path) if files.exists(f"{path}/checkpoint") else None
-    # The file `checkpoint` may name the folder in which it was written.
+    # The path in the file `checkpoint` may be that of another machine; only its last part counts.
     latest = state.model_checkpoint_path.rpartition("/")[2] if state else ""
     if latest in found or len(found) == 1:
       return f"{path}/{latest if latest in found else found[0]}", False
@@ -149,19 +151,19 @@ def _find(source: str, tf) -> tuple[str, bool]:
   raise errors.UserError(f"--source={source} does not exist, nor {prefix}.index; give a checkpoint or SavedModel.")
 
 
-def _checked(prefix: str, call, argument: str):
-  """Returns call(argument), or raises a UserError where TensorFlow finds no whole checkpoint."""
+def _checked(prefix: str, call: Callable[[str], Any], argument: str) -> Any:
+  """Returns call(argument); a UserError replaces TensorFlow's errors about incomplete checkpoints."""
   from tensorflow import errors as tf_errors
 
   try:
     return call(argument)
-  except (tf_errors.OpError, IndexError) as error:  # IndexError: a file that ends too early.
+  except (tf_errors.OpError, IndexError) as error:  # IndexError: the file is truncated.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise errors.UserError(f"{prefix} cannot be read as a checkpoint: {reason}; is it complete?") from error
 
 
 def _tf2_names(object_graph: bytes) -> tuple[dict[str, str], collections.Counter]:
-  """Returns TF1 name -> key in the file, and what was left out, of a checkpoint that holds a graph of objects."""
+  """Returns TF1 name -> key in a TF2 checkpoint with this object graph, and counts of variables left out."""
   from tensorflow.core.protobuf import trackable_object_graph_pb2
 
   graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
@@ -173,34 +175,34 @@ def _tf2_names(object_graph: bytes) -> tuple[dict[str, str], collections.Counter
   ]
   left_out, weights = collections.Counter(), {}
   for name, key in keys:
-    if kind := _kind_of_rest(key, LEFT_OUT_KEYS):
+    if kind := _kind_left_out(key, LEFT_OUT_KEYS):
       left_out[kind] += 1
     elif name in weights:
       raise errors.UserError(f'two variables of {key} have the name "{name}"; give a file with one network.')
     else:
       weights[name] = key
-  names, rest = _without_rest(weights)
+  names, rest = _weights_alone(weights)
   return tf1_names(names), left_out + rest
 
 
-def _without_rest(names: Mapping[str, str]) -> tuple[dict[str, str], collections.Counter]:
-  """Returns the names that may be weights, and how many were left out by kind."""
-  kinds = {name: _kind_of_rest(name, LEFT_OUT) for name in names}
+def _weights_alone(names: Mapping[str, str]) -> tuple[dict[str, str], collections.Counter]:
+  """Returns the names that may be weights, and the number of others by kind."""
+  kinds = {name: _kind_left_out(name, LEFT_OUT) for name in names}
   return (
     {name: key for name, key in names.items() if not kinds[name]},
     collections.Counter(kind for kind in kinds.values() if kind),
   )
 
 
-def _kind_of_rest(name: str, patterns: Mapping[str, str]) -> str:
+def _kind_left_out(name: str, patterns: Mapping[str, str]) -> str:
   return next((kind for kind, pattern in patterns.items() if re.fullmatch(pattern, name)), "")
 
 
 def _chosen(names: Mapping[str, str], left_out: collections.Counter, *, ema: bool) -> tuple[dict[str, str], list[str]]:
-  """Returns the names of the weights, or of their moving averages under the weights' names, and notes.
+  """Returns weight name -> key of the weight or of its moving average, and notes; counts the others in `left_out`.
 
-  Counts the others in `left_out`. Averages are kept of what learns without labels: the linear head has none, and with
-  TensorFlow's own averages nor have BatchNorm's moving statistics.
+  The linear head has no averages, because v2 averages only what is trained without labels; TensorFlow's own averages
+  leave out BatchNorm's moving statistics as well.
   """
   averages = {
     name.removeprefix(EMA_SCOPE).removesuffix(EMA_SUFFIX): key

@@ -1,15 +1,19 @@
-"""The names of the reference's TF1 checkpoints, and where each variable lives in our trees."""
+"""The variable names of the reference's TF1 checkpoints, and the path of each variable in our trees."""
 
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
 
 from simclr_jax import errors
 from simclr_jax.models import resnet
 
 Path = tuple[str, ...]
 
+# Kernel sizes: ResNet's, the one for small images, and ResNet-D's.
 STEMS = {"large": (7,), "small": (3,), "three": (3, 3, 3)}
 NORM_LEAVES = {
   "gamma": ("params", "scale"),
@@ -23,7 +27,7 @@ LINEAR_HEAD_PATHS = {
 
 
 class Conv(NamedTuple):
-  """A convolution of the encoder: its place in the tree and the side of its kernel."""
+  """A convolution of the encoder: its path in the tree and the size of its square kernel."""
 
   path: Path
   kernel: int
@@ -31,13 +35,13 @@ class Conv(NamedTuple):
 
 
 class Norm(NamedTuple):
-  """A batch norm of the encoder: its place in the tree."""
+  """A batch norm of the encoder: its path in the tree."""
 
   path: Path
 
 
 class Form(NamedTuple):
-  """What decides the encoder's layers; see `encoder_layers`."""
+  """The arguments of `encoder_layers`, which determine the layers of an encoder."""
 
   depth: int
   stem: str
@@ -46,11 +50,11 @@ class Form(NamedTuple):
 
 
 def encoder_layers(depth: int, *, stem: str, selective: bool, squeeze: bool) -> Iterator[Conv | Norm]:
-  """Yields the encoder's layers in the order in which the reference creates, so numbers, them.
+  """Yields the encoder's layers in the order in which the reference creates them, which gives their numbers.
 
   Args:
-    depth: a depth that `resnet.ResNet` knows.
-    stem: a key of `STEMS`: one 7x7, one 3x3 (small images), or ResNet-D's three 3x3.
+    depth: one of `resnet.BLOCKS`.
+    stem: a key of `STEMS`.
     selective: whether bottlenecks have selective kernels.
     squeeze: whether blocks end with squeeze-and-excite.
   """
@@ -97,9 +101,11 @@ def encoder_paths(layers: Iterable[Conv | Norm]) -> dict[str, Path]:
 
 
 def projection_paths(layers: int, *, linear: bool = False) -> dict[str, Path]:
-  """Returns reference name -> (collection, "projection_head", module, leaf) for so many layers.
+  """Returns reference name -> (collection, "projection_head", module, leaf) for this number of layers.
 
-  The reference names the one layer of its linear head l_0, those of the others nl_0, nl_1, ...
+  Args:
+    layers: of the projection head.
+    linear: whether it is the reference's linear head, whose only layer is called l_0 and not nl_0.
   """
   result = {}
   for number in range(1, layers + 1):
@@ -116,11 +122,17 @@ def projection_paths(layers: int, *, linear: bool = False) -> dict[str, Path]:
 
 
 def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
-  """Returns where each variable goes: its reference name -> (collection, part, module..., leaf).
+  """Returns reference name -> (collection, part, module..., leaf) for all variables of a network.
 
-  The architecture is read from the names and shapes given; a part of which no variable is given
-  (encoder, projection head, linear head) is left out. The names returned are all that such a
-  network has: the caller finds what is missing, and what is too much, by comparing.
+  The architecture is inferred from the names and shapes given; a part (encoder, projection head, linear head) without
+  any variable is left out. Variables that are missing or unknown show in the difference between the names given and
+  those returned.
+
+  Args:
+    shapes: by reference name.
+
+  Raises:
+    UserError: the convolutions are those of no encoder, or a batch norm does not fit the convolution before it.
   """
   result = {}
   if any(name.startswith("base_model/") for name in shapes):
@@ -139,6 +151,35 @@ def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
   return result
 
 
+def tree_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `{"params": ..., "batch_stats": ...}` from arrays under the reference's TF1 names.
+
+  Both have the keys `encoder`, `projection_head` and `linear_head`, as far as variables of that part are given; depth,
+  width, stem, selective kernels and number of projection layers are those of the variables. The arrays are returned
+  as they are, in their own dtype.
+
+  Args:
+    variables: for example `{"base_model/conv2d/kernel": f32[7, 7, 3, 64], ...}`.
+
+  Raises:
+    UserError: there are no variables, one does not belong to the network, or one is missing.
+  """
+  if not variables:
+    raise errors.UserError("no variables came; give arrays under the reference's checkpoint names.")
+  places = paths({name: np.shape(value) for name, value in variables.items()})
+  for name in variables:
+    if name not in places:
+      raise errors.UserError(
+        f'unknown variable "{name}"; give weights and moving statistics alone, without optimizer '
+        f"slots, averages and global_step{errors.nearest(name, places.keys() - variables.keys())}"
+      )
+  for name in places:
+    if name not in variables:
+      raise errors.UserError(f'"{name}" is missing from the variables of this network; add it.')
+  flat = {path: variables[name] for name, path in places.items()}
+  return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(flat)
+
+
 def _numbered(stem: str, number: int) -> str:
   return f"base_model/{stem}_{number}" if number else f"base_model/{stem}"
 
@@ -152,13 +193,13 @@ def _norm_paths(name: str, path: Path, *, beta: bool = True) -> dict[str, Path]:
 
 
 def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
-  """Returns the one form of encoder whose kernels are those given, in this order.
+  """Returns the form of the encoder with these kernels, in the order of their numbers.
 
   Args:
-    shapes: by reference name; what is not a variable of the encoder does not count.
+    shapes: by reference name; variables of other parts are ignored.
 
   Raises:
-    UserError: there is none.
+    UserError: no encoder has these kernels.
   """
   kernels = {}
   for name, shape in shapes.items():
@@ -171,7 +212,8 @@ def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
     if number not in kernels:
       raise errors.UserError(f'"{_numbered("conv2d", number)}/kernel" is missing; add it.')
   sides = [kernels[number] for number in range(len(kernels))]
-  # Biases decide first: a selective kernel's 1x1 convolutions look like squeeze-and-excite's.
+  # The 1x1 convolutions of selective kernels and of squeeze-and-excite differ in their biases alone, so forms that
+  # agree with the biases are tried first.
   biases = any(re.fullmatch(r"base_model/conv2d(_\d+)?/bias", name) for name in shapes)
   for squeeze, depth, stem, selective in itertools.product((biases, not biases), resnet.BLOCKS, STEMS, (False, True)):
     form = Form(depth, stem, selective, squeeze)
@@ -186,7 +228,7 @@ def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
 
 
 def _check_norms(layers: Iterable[Conv | Norm], shapes: Mapping[str, tuple[int, ...]]) -> None:
-  """Raises where a batch norm does not have the channels of the convolution before it."""
+  """Raises a UserError where a batch norm does not have the channels of the convolution before it."""
   conv, norms, width = "", 0, 0
   convs = itertools.count()
   for layer in layers:

@@ -1,18 +1,23 @@
 """Checkpoints (Orbax): asynchronous saves, exact resumption, and strict loading that names what does not fit."""
 
 import dataclasses
-import json
+import functools
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from simclr_jax import errors
+from simclr_jax import errors, files
 from simclr_jax.training import state as state_lib
+from simclr_jax.version import __version__
 
 # Two parts, so that a job that only wants the network never touches the optimizer's arrays.
 MODEL, TRAINING = "model", "training"
+
+# Orbax cuts every replicated array into one slice for each device and compiles a program for each new shape of slice:
+# 120 programs for a small ResNet on eight devices, which write hardly faster. Larger arrays are still cut.
+SMALLEST_SLICE_BYTES = 2**20
 
 
 @dataclasses.dataclass
@@ -23,7 +28,7 @@ class Checkpoints:
     workdir: the run's folder, local or gs://.
     config: plain nested dict of the whole run's configuration; travels in each checkpoint.
     every_steps: interval between saves; 0 saves at the end only.
-    keep: how many of the latest stay.
+    keep: the number of latest checkpoints that stay.
     keep_every_steps: multiples of this stay for good; 0 for none.
     classifier_layer: of the projection head, whose output feeds the linear classifier; 0 is the encoder's h.
   """
@@ -39,26 +44,28 @@ class Checkpoints:
     preserve = [ocp.training.preservation_policies.LatestN(max(self.keep, 1))]
     if self.keep_every_steps:
       preserve.append(ocp.training.preservation_policies.EveryNSteps(self.keep_every_steps))
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE_BYTES
     self._manager = ocp.training.Checkpointer(
       epath.Path(self.workdir) / "checkpoints",
-      # When to save is the loop's business: it knows the last step and preemption.
+      context=context,
+      # The loop decides when to save: it knows the last step and preemption.
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(preserve),
-      # What a killed save left behind goes when the run continues.
+      # A killed save leaves a temporary folder behind, which is deleted when the run continues.
       cleanup_tmp_directories=True,
     )
 
   def due(self, step: int) -> bool:
-    """Whether `step` is one that the interval asks to save."""
+    """Returns whether the interval asks to save `step`."""
     return self.every_steps > 0 and step % self.every_steps == 0
 
   def save(self, state: state_lib.TrainState, step: int) -> None:
     """Starts an asynchronous save; returns once the arrays may be overwritten."""
     if self._manager.latest is not None and self._manager.latest.step >= step:
       return
-    parts = _parts(state)
-    metadata = {"config": self.config, "classifier_layer": self.classifier_layer}
-    self._manager.save_checkpointables_async(step, parts, custom_metadata=metadata)
+    metadata = {"config": self.config, "classifier_layer": self.classifier_layer, "version": __version__}
+    self._manager.save_checkpointables_async(step, _parts(state), custom_metadata=metadata)
 
   def restore_latest(self, state: state_lib.TrainState) -> tuple[state_lib.TrainState, int]:
     """Returns the newest saved state with the placement of `state`, and its step; `state` and 0 if there is none."""
@@ -67,28 +74,112 @@ class Checkpoints:
       return state, 0
     wanted = _parts(state)
     path = epath.Path(self.workdir) / "checkpoints" / str(latest.step)
-    check(wanted, _shapes(path), str(path))
+    check(wanted, Saved(path).shapes, str(path))
     parts = self._manager.load_checkpointables(latest.step, jax.tree.map(_abstract, wanted))
     training = parts[TRAINING]
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), jax.tree.leaves(training["opt_state"]))
     rest = {"opt_state": opt_state, "memory": training.get("memory")}
-    return state_lib.TrainState(training["step"], **parts[MODEL], **rest), latest.step
+    # Orbax drops empty trees: a network without BatchNorm has no moving averages.
+    model = {"params": parts[MODEL]["params"], "batch_stats": parts[MODEL].get("batch_stats") or {}}
+    return state_lib.TrainState(training["step"], **model, **rest), latest.step
 
   def close(self) -> None:
     """Waits for the saves under way and reports their failures."""
     self._manager.close()
 
 
-def find(path: str) -> epath.Path:
-  """Returns the folder of one checkpoint: `path` itself, or the newest of the run that `path` is.
+@dataclasses.dataclass(frozen=True)
+class Saved:
+  """One checkpoint on disk, of any job; see `open`.
+
+  Attributes:
+    path: the folder of its step.
+  """
+
+  path: epath.Path
+
+  @property
+  def step(self) -> int:
+    """The optimizer steps done."""
+    return int(self.path.name)
+
+  @functools.cached_property
+  def shapes(self) -> dict[str, Any]:
+    """Shapes and dtypes of the arrays, by part (`model`, `training`)."""
+    return {part: self._metadata.metadata[part] for part in (MODEL, TRAINING) if part in self._metadata.metadata}
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """The configuration of the run, as a nested dict."""
+    custom = self._metadata.custom_metadata
+    if not custom or "config" not in custom:
+      raise errors.UserError(f"checkpoint {self.path} carries no config; it was not written by simclr_jax.")
+    return custom["config"]
+
+  @property
+  def classifier_layer(self) -> int:
+    """The layer of the projection head that feeds the linear classifier; 0 is the encoder's h."""
+    return self._metadata.custom_metadata.get("classifier_layer", 0)
+
+  @property
+  def classes(self) -> int:
+    """The number of classes of the linear classifier.
+
+    Raises:
+      UserError: the checkpoint has no classifier.
+    """
+    params = self.shapes[MODEL]["params"]
+    if "linear_head" not in params:
+      raise errors.UserError(
+        f"checkpoint {self.path} has no classifier; it holds {_listed(params)}; give a run of finetune or linear_eval."
+      )
+    return params["linear_head"]["dense"]["bias"].shape[0]
+
+  def load(self, params: Any, batch_stats: Any) -> tuple[Any, Any]:
+    """Returns (params, batch_stats) for the parts asked for, placed as they are placed.
+
+    Args:
+      params: arrays or ShapeDtypeStructs with shardings, keyed by part (`encoder`, ...). Parts that are not asked for
+        stay on disk; within a part the names and shapes must be the checkpoint's, no more and no less.
+      batch_stats: the same for BatchNorm's moving averages.
+
+    Raises:
+      UserError: an array is missing, extra or of another shape; names it.
+    """
+    model = self.shapes[MODEL]
+    saved = {"params": model.get("params") or {}, "batch_stats": model.get("batch_stats") or {}}
+    wanted = {"params": params, "batch_stats": {part: tree for part, tree in batch_stats.items() if tree}}
+    for collection, parts in wanted.items():
+      for part in parts:
+        if part not in saved[collection]:
+          raise errors.UserError(
+            f"checkpoint {self.path} has no {collection}/{part}; it holds {_listed(saved[collection])}."
+          )
+    check(wanted, {c: {p: saved[c][p] for p in wanted[c]} for c in wanted}, str(self.path))
+    abstract = jax.tree.map(_abstract, wanted)
+    left_out = {c: {p: _placeholders(saved[c][p]) for p in saved[c] if p not in wanted[c]} for c in saved}
+    whole = {c: {**left_out[c], **abstract[c]} for c in saved if c in model}
+    loaded = ocp.load_checkpointables(self.path, {MODEL: whole})[MODEL]
+    return tuple(
+      {part: loaded[c][part] if part in wanted[c] else {} for part in asked}
+      for c, asked in (("params", params), ("batch_stats", batch_stats))
+    )
+
+  @functools.cached_property
+  def _metadata(self):
+    return ocp.checkpointables_metadata(self.path)
+
+
+def open(path: str) -> Saved:
+  """Returns the checkpoint at `path`: the folder of a step, or the newest one of a run.
 
   Args:
-    path: a run's workdir, its `checkpoints` folder, or one step's folder.
+    path: a run's workdir, its `checkpoints` folder, or one step's folder; may be relative.
 
   Raises:
     UserError: there is no checkpoint.
   """
-  root = epath.Path(errors.absolute(path))  # Orbax refuses relative paths.
+  root = epath.Path(files.absolute(path))  # Orbax refuses relative paths.
   if not root.exists():
     raise errors.UserError(f"checkpoint {path} does not exist; give a run's workdir or one of its checkpoints.")
   folder = root / "checkpoints" if (root / "checkpoints").exists() else root
@@ -96,64 +187,7 @@ def find(path: str) -> epath.Path:
   step = folder / str(steps[-1]) if steps else folder
   if not (step / "_CHECKPOINT_METADATA").exists():
     raise errors.UserError(f"{path} holds no checkpoint; give a run's workdir or one of its checkpoints/STEP folders.")
-  return step
-
-
-def read_config(path: str) -> dict[str, Any]:
-  """Returns the configuration that the checkpoint at `path` was trained with."""
-  step = find(path)
-  metadata = ocp.checkpointables_metadata(step).custom_metadata
-  if not metadata or "config" not in metadata:
-    raise errors.UserError(f"checkpoint {step} carries no config; it was not written by simclr_jax.")
-  return metadata["config"]
-
-
-def classifier_layer(path: str) -> int:
-  """Returns which layer of the projection head feeds the linear classifier of the checkpoint at `path`; 0 is h."""
-  return ocp.checkpointables_metadata(find(path)).custom_metadata.get("classifier_layer", 0)
-
-
-def classes(path: str) -> int:
-  """Returns how many classes the linear classifier of the checkpoint at `path` tells apart.
-
-  Raises:
-    UserError: it has no classifier.
-  """
-  params = _shapes(find(path))[MODEL]["params"]
-  if "linear_head" not in params:
-    raise errors.UserError(
-      f"checkpoint {path} has no classifier; it holds {_listed(params)}; give a run of finetune or linear_eval."
-    )
-  return params["linear_head"]["dense"]["bias"].shape[0]
-
-
-def load_model(path: str, params, batch_stats) -> tuple[Any, Any]:
-  """Returns (params, batch_stats) of the checkpoint at `path` for the parts asked for, placed as they are placed.
-
-  Args:
-    path: see `find`.
-    params: arrays or ShapeDtypeStructs with shardings, keyed by part (`encoder`, ...). Parts that are not asked for
-      stay on disk; within a part the names and shapes must be the checkpoint's, no more and no less.
-    batch_stats: the same for BatchNorm's moving averages.
-
-  Raises:
-    UserError: an array is missing, extra or of another shape; names it.
-  """
-  step = find(path)
-  saved = _shapes(step)[MODEL]
-  for collection, tree in (("params", params), ("batch_stats", batch_stats)):
-    for part in tree:
-      if part not in saved.get(collection, {}):
-        raise errors.UserError(
-          f"checkpoint {step} has no {collection}/{part}; it holds {_listed(saved.get(collection))}."
-        )
-  wanted = {"params": params, "batch_stats": batch_stats}
-  check(wanted, {c: {p: saved[c][p] for p in wanted[c]} for c in wanted}, str(step))
-  abstract = jax.tree.map(_abstract, wanted)
-  left_out = {c: {p: _placeholders(saved[c][p]) for p in saved[c] if p not in wanted[c]} for c in saved}
-  whole = {c: {**left_out[c], **abstract[c]} for c in saved}
-  model = ocp.load_checkpointables(step, {MODEL: whole})[MODEL]
-  return {p: model["params"][p] for p in params}, {p: model["batch_stats"][p] for p in batch_stats}
+  return Saved(step)
 
 
 def check(wanted, saved, where: str) -> None:
@@ -178,48 +212,6 @@ def check(wanted, saved, where: str) -> None:
       raise errors.UserError(f"checkpoint {where} has an extra array {name} {list(have[name])}; {remedy}.")
 
 
-def claim_workdir(workdir: str, config: dict[str, Any], job: str, free: tuple[str, ...]) -> None:
-  """Writes `workdir/config.json`, or checks that it already holds this very run.
-
-  Args:
-    workdir: the run's folder; made if missing.
-    config: plain nested dict.
-    job: name of the job, part of the identity.
-    free: dotted keys (or prefixes of them) that may change between restarts of one run.
-
-  Raises:
-    UserError: the folder holds another run; names the first key that differs.
-  """
-  path = epath.Path(workdir) / "config.json"
-  ours = {"job": job, **flat(config)}
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    theirs = {"job": theirs["job"], **flat(theirs["config"])}
-    for key in sorted(ours.keys() | theirs.keys()):
-      if ours.get(key) != theirs.get(key) and not key.startswith(free):
-        raise errors.UserError(
-          f"workdir {workdir} holds another run: {key} was {theirs.get(key)!r}, now is {ours.get(key)!r}; "
-          "choose another --workdir or repeat that run's command."
-        )
-  if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: another process may be reading it now, and a kill may come.
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps({"job": job, "config": config}, indent=2) + "\n")
-    partial.replace(path)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns {"a.b": value} of {"a": {"b": value}}."""
-  out = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      out.update(flat(value, f"{prefix}{key}."))
-    else:
-      out[prefix + key] = list(value) if isinstance(value, tuple) else value
-  return out
-
-
 def _parts(state):
   training = {"step": state.step, "opt_state": _plain(state.opt_state)}
   if state.memory is not None:
@@ -238,11 +230,6 @@ def _abstract(leaf):
 
 def _placeholders(tree):
   return jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
-
-
-def _shapes(step: epath.Path):
-  metadata = ocp.checkpointables_metadata(step).metadata
-  return {k: metadata[k] for k in (MODEL, TRAINING) if k in metadata}
 
 
 def _named(tree) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The training loop, the one that every job that trains uses: step, log, evaluate, save, stop when preempted."""
+"""The training loop of every job that trains: step, log, evaluate, save, stop when preempted."""
 
 import collections
 import contextlib
@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,22 +15,22 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from simclr_jax import errors
-from simclr_jax.data import prefetch
-from simclr_jax.hardware import sharding
+from simclr_jax.data import inputs
 from simclr_jax.training import checkpoint, telemetry
 from simclr_jax.training import state as state_lib
 
-# Dispatches handed to the device ahead of its work: enough that it never idles, few enough that the batches that wait
-# there do not fill its memory.
+# Dispatches handed to the device ahead of its work: enough that it never idles, few enough that the waiting batches
+# do not fill its memory.
 AHEAD = 2
 
-# What a dispatch of several steps should last: long against the host's part of it, short against a SIGTERM's patience.
+# Target duration of a dispatch of several steps: long against the host's part of it, short against a SIGTERM's grace.
 DISPATCH_SECONDS = 0.5
 
-# What a shell reports for a process that SIGTERM ended; a supervisor starts the same command again.
+# Exit code that a shell reports for a process ended by SIGTERM; a supervisor starts the same command again.
 PREEMPTED = 128 + signal.SIGTERM
 
 Metrics = dict[str, jax.Array]
+Evaluate = Callable[[state_lib.TrainState], dict[str, float]]
 
 
 class Preempted(SystemExit):
@@ -38,186 +38,115 @@ class Preempted(SystemExit):
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
-  """Steps that are fed: each takes a batch, which waits on the devices before it is due.
+class Run:
+  """What the loop is told beside the state, the step and the input.
 
   Attributes:
-    step_fn: jitted (state, batch, *constants) -> (state, metrics); scalars, each on all devices.
-    batches: first step -> this process's rows of the batch of each step from then on, as NumPy.
-    mesh: where the batches go.
-    constants: trees of arrays on the devices that every step takes and none changes.
-  """
-
-  step_fn: Callable[..., tuple[state_lib.TrainState, Metrics]]
-  batches: Callable[[int], Iterator[Any]]
-  mesh: jax.sharding.Mesh
-  constants: tuple[Any, ...] = ()
-  most: ClassVar[int] = 1
-
-  @contextlib.contextmanager
-  def feeding(self, done: int):
-    """Yields the function that gives the arguments of the next dispatch."""
-    with contextlib.closing(prefetch.to_devices(self.batches(done), self.mesh)) as batches:
-      yield lambda count: (next(batches), *self.constants)
-
-
-@dataclasses.dataclass(frozen=True)
-class Resident:
-  """Steps that take their batches from a data set on the devices, several in one dispatch.
-
-  Attributes:
-    step_fn: jitted (state, dataset, count i32[], *constants) -> (state, metrics), the first `count` entries of f[most]
-      each.
-    dataset: its second argument.
-    mesh: where that is.
-    most: steps of a dispatch.
-    constants: as in `Streamed`.
-  """
-
-  step_fn: Callable[..., tuple[state_lib.TrainState, Metrics]]
-  dataset: Any
-  mesh: jax.sharding.Mesh
-  most: int
-  constants: tuple[Any, ...] = ()
-
-  @contextlib.contextmanager
-  def feeding(self, done: int):
-    """Yields the function that gives the arguments of the next dispatch."""
-    place = lambda count: jax.device_put(np.int32(count), sharding.replicated(self.mesh))
-    yield lambda count: (self.dataset, place(count), *self.constants)
-
-
-def several(step_fn, batch_of, most: int):
-  """Returns (state, dataset, count, *constants) -> (state, metrics f[most]): `count` steps in one program, not jitted.
-
-  One program for any count, so that the same steps give the same bits however they are dispatched, and nothing is
-  compiled again where an evaluation or a checkpoint cuts in.
-
-  Args:
-    step_fn: (state, batch, *constants) -> (state, metrics).
-    batch_of: (dataset, step i32[]) -> batch.
-    most: the largest count.
-  """
-
-  def run(state, dataset, count, *constants):
-    one = lambda state: step_fn(state, batch_of(dataset, state.step), *constants)
-    rows = jax.tree.map(lambda x: jax.numpy.zeros((most, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
-
-    def body(number, carry):
-      state, rows = carry
-      state, metrics = one(state)
-      return state, jax.tree.map(lambda row, x: row.at[number].set(x), rows, metrics)
-
-    return jax.lax.fori_loop(0, count, body, (state, rows))
-
-  return run
-
-
-def train(
-  state: state_lib.TrainState,
-  steps: Streamed | Resident,
-  *,
-  workdir: str,
-  total_steps: int,
-  batch_size: int,
-  checkpoints: checkpoint.Checkpoints,
-  log_every_steps: int,
-  title: str,
-  show: dict[str, str],
-  flops_per_step: float = 0,
-  evaluate: Callable[[state_lib.TrainState], dict[str, float]] | None = None,
-  evaluate_every_steps: int = 0,
-  profile_steps: tuple[int, int] | None = None,
-) -> tuple[state_lib.TrainState, dict[str, float]]:
-  """Returns the state after `total_steps` steps and its evaluation, going on from the newest checkpoint if any.
-
-  Args:
-    state: before the first step; its arrays are donated.
-    steps: what a step does, and with which data.
     workdir: for the metrics.
     total_steps: the run's length, counted from its very beginning.
     batch_size: images of one global batch.
     checkpoints: where the state is kept.
     log_every_steps: interval of metric rows.
     title: of the progress bar.
-    show: metric name -> label, for the progress bar.
+    shown: metric name -> label, for the progress bar.
     flops_per_step: model FLOPs, see `telemetry.Telemetry`.
     evaluate: state -> metrics, at the end and every `evaluate_every_steps` (0: only at the end).
     evaluate_every_steps: see `evaluate`.
     profile_steps: first and last step of a profiler trace, which goes to `workdir`/profile.
+  """
+
+  workdir: str
+  total_steps: int
+  batch_size: int
+  checkpoints: checkpoint.Checkpoints
+  log_every_steps: int
+  title: str
+  shown: dict[str, str]
+  flops_per_step: float = 0
+  evaluate: Evaluate | None = None
+  evaluate_every_steps: int = 0
+  profile_steps: tuple[int, int] | None = None
+
+  def evaluation_due(self, step: int) -> bool:
+    """Returns whether an evaluation follows `step`, the end of the run aside."""
+    return self.evaluate is not None and self.evaluate_every_steps > 0 and step % self.evaluate_every_steps == 0
+
+
+def train(
+  state: state_lib.TrainState, step_fn: Callable, images: inputs.Input, run: Run, constants: tuple[Any, ...] = ()
+) -> tuple[state_lib.TrainState, dict[str, float]]:
+  """Returns the state after `run.total_steps` steps and its evaluation; goes on from the newest checkpoint, if any.
+
+  Args:
+    state: before the first step; its arrays are donated.
+    step_fn: jitted, from `images.jit`.
+    images: the training images.
+    run: everything else.
+    constants: trees of arrays on the devices that every step takes and none changes.
 
   Raises:
     UserError: the loss is not finite.
     Preempted: SIGTERM arrived and the state was saved.
   """
-  state, done = checkpoints.restore_latest(state)
+  state, done = run.checkpoints.restore_latest(state)
   if done:
-    telemetry.log.info("Continuing from step %d of %d.", done, total_steps)
-  result = {}
-  if done >= total_steps:
-    checkpoints.close()
-    return state, evaluate(state) if evaluate else result
-  evaluation_due = lambda step: evaluate_every_steps and step % evaluate_every_steps == 0
-  trace = _Trace(workdir, profile_steps)
-  if profile_steps and not done < profile_steps[0] <= total_steps:
-    telemetry.log.warning("No profile: step %d is not among steps %d to %d.", profile_steps[0], done + 1, total_steps)
+    telemetry.log.info("Continuing from step %d of %d.", done, run.total_steps)
+  if done >= run.total_steps:
+    run.checkpoints.close()
+    return state, run.evaluate(state) if run.evaluate else {}
+  trace = _Trace(run.workdir, run.profile_steps)
+  if run.profile_steps and not done < run.profile_steps[0] <= run.total_steps:
+    telemetry.log.warning(
+      "No profile: step %d is not among steps %d to %d.", run.profile_steps[0], done + 1, run.total_steps
+    )
   # Steps at which the loop has something to do between two dispatches.
-  pauses = lambda step: step == total_steps or evaluation_due(step) or checkpoints.due(step) or trace.due(step)
+  pauses = lambda step: (
+    step == run.total_steps or run.evaluation_due(step) or run.checkpoints.due(step) or trace.due(step)
+  )
+  result = {}
   with (
-    telemetry.Telemetry(
-      workdir,
-      total_steps=total_steps,
-      start_step=done,
-      images_per_step=batch_size,
-      title=title,
-      show=show,
-      flops_per_step=flops_per_step,
-      devices=list(steps.mesh.devices.flat),
-    ) as out,
-    contextlib.closing(checkpoints),
+    _telemetry(run, done, images.mesh) as out,
+    contextlib.closing(run.checkpoints),
     contextlib.closing(trace),
     _termination_notice() as terminated,
-    steps.feeding(done) as arguments,
+    images.feeding(done, *constants) as arguments,
   ):
-    pending, dispatched, pace = None, collections.deque(), _Pace(steps.most)
-    while done < total_steps:
+    rows, pace = _Rows(out, run), _Pace(images.steps_per_dispatch)
+    while done < run.total_steps:
       trace.before(done + 1)
       begin, done = done, _reach(done, pace.steps, pauses)
       with out.waiting_for("data"):
         following = arguments(done - begin)
-      state, metrics = steps.step_fn(state, *following)
+      state, metrics = step_fn(state, *following)
       out.tick(done - begin)
-      dispatched.append((metrics, done - begin))
-      if len(dispatched) > AHEAD:
-        metrics_before, count = dispatched.popleft()
-        jax.block_until_ready(metrics_before)
-        pace.finished(count)
-      if pending:  # Read the last due metrics while the device works on this dispatch.
-        _report(out, *pending)
-        pending = None
-      due = [s for s in range(begin + 1, done + 1) if s % log_every_steps == 0 or s in (1, total_steps)]
-      if due:
-        pending = (begin, done, due, metrics)
-      last = done == total_steps
+      pace.dispatched(metrics, done - begin)
+      rows.flush()  # The device works on this dispatch while the last due metrics are read.
+      rows.add(begin, done, metrics)
+      last = done == run.total_steps
       trace.after(done, metrics)
-      if evaluate and (last or evaluation_due(done)):
+      if run.evaluation_due(done) or last and run.evaluate:
         jax.block_until_ready(metrics)
         with out.waiting_for("aside"):
-          result = evaluate(state)
+          result = run.evaluate(state)
         out.write(done, result)
       stop = terminated(done)
-      if last or stop or checkpoints.due(done):
-        if pending:  # A row up to a saved step is never lost, whatever happens next.
-          _report(out, *pending)
-          pending = None
+      if last or stop or run.checkpoints.due(done):
+        rows.flush()  # A row up to a saved step is never lost, whatever happens next.
         jax.block_until_ready(metrics)
         with out.waiting_for("checkpoint"):
-          checkpoints.save(state, done)
+          run.checkpoints.save(state, done)
       if stop and not last:
         telemetry.log.info("SIGTERM: saving step %d; the same command continues from there.", done)
-        checkpoints.close()
+        run.checkpoints.close()
         raise Preempted(PREEMPTED)
   return state, result
+
+
+def _telemetry(run: Run, done: int, mesh: jax.sharding.Mesh) -> telemetry.Telemetry:
+  meter = telemetry.Meter(run.batch_size, run.flops_per_step, tuple(mesh.devices.flat))
+  return telemetry.Telemetry(
+    run.workdir, total_steps=run.total_steps, start_step=done, meter=meter, title=run.title, shown=run.shown
+  )
 
 
 def _reach(done: int, count: int, pauses: Callable[[int], bool]) -> int:
@@ -226,20 +155,48 @@ def _reach(done: int, count: int, pauses: Callable[[int], bool]) -> int:
 
 
 class _Pace:
-  """How many steps make a dispatch: what a moment holds, where a single process decides."""
+  """How many steps one dispatch holds, and how many dispatches are ahead of the device."""
 
   def __init__(self, most: int):
-    # Processes that count differently would wait for each other for ever, and their clocks differ.
+    # Processes that counted differently would wait for each other for ever, and their clocks differ.
     self._adapts = most > 1 and jax.process_count() == 1
     self._most, self._clock = most, None
+    self._waiting = collections.deque()
     self.steps = 1 if self._adapts else most
 
-  def finished(self, count: int) -> None:
-    """A dispatch of so many steps has just been done."""
+  def dispatched(self, metrics: Metrics, count: int) -> None:
+    """Notes a dispatch of `count` steps; waits for an earlier one where too many are ahead."""
+    self._waiting.append((metrics, count))
+    if len(self._waiting) > AHEAD:
+      before, finished = self._waiting.popleft()
+      jax.block_until_ready(before)
+      self._finished(finished)
+
+  def _finished(self, count):
     now = time.monotonic()
     if self._adapts and self._clock is not None:
       self.steps = min(max(int(DISPATCH_SECONDS * count / (now - self._clock)), 1), self._most)
     self._clock = now
+
+
+class _Rows:
+  """Metric rows that are due, read from the device one dispatch later."""
+
+  def __init__(self, out: telemetry.Telemetry, run: Run):
+    self._out, self._run, self._pending = out, run, None
+
+  def add(self, begin: int, end: int, metrics: Metrics) -> None:
+    """Notes the due steps among those of one dispatch, `begin` + 1 to `end`."""
+    every, total = self._run.log_every_steps, self._run.total_steps
+    due = [step for step in range(begin + 1, end + 1) if step % every == 0 or step in (1, total)]
+    if due:
+      self._pending = begin, end, due, metrics
+
+  def flush(self) -> None:
+    """Writes what is noted."""
+    if self._pending:
+      pending, self._pending = self._pending, None
+      _report(self._out, *pending)
 
 
 class _Trace:
@@ -249,20 +206,23 @@ class _Trace:
     self._folder, self._steps, self._active = str(epath.Path(workdir) / "profile"), steps, False
 
   def due(self, step: int) -> bool:
-    """Whether a dispatch must end with `step`, for the trace to begin or end there."""
+    """Returns whether a dispatch must end with `step`, for the trace to begin or end there."""
     return self._steps is not None and step in (self._steps[0] - 1, self._steps[1])
 
   def before(self, step: int) -> None:
+    """Starts the trace if `step` is its first."""
     if self._steps is not None and step == self._steps[0]:
       jax.profiler.start_trace(self._folder)
       self._active = True
 
   def after(self, step: int, metrics: Metrics) -> None:
+    """Ends the trace if `step` is its last."""
     if self._active and step >= self._steps[1]:
       jax.block_until_ready(metrics)
       self.close()
 
   def close(self) -> None:
+    """Ends the trace."""
     if self._active:
       jax.profiler.stop_trace()
       self._active = False
@@ -285,7 +245,7 @@ def _report(out: telemetry.Telemetry, begin: int, end: int, due: list[int], metr
 
 
 @contextlib.contextmanager
-def _termination_notice():
+def _termination_notice() -> Iterator[Callable[[int], bool]]:
   """Yields step -> whether to stop, agreed among the processes; SIGTERM keeps its default effect outside."""
   if jax.process_count() > 1:
     # jax.distributed has its own handler, which lets all processes stop after the same step.
@@ -297,5 +257,5 @@ def _termination_notice():
     yield lambda step: bool(received)
   finally:
     signal.signal(signal.SIGTERM, previous)
-    if received and callable(previous):  # Whoever runs one training after the other wants to know as well.
+    if received and callable(previous):  # A caller that runs one training after the other has a handler of its own.
       previous(signal.SIGTERM, None)

@@ -1,5 +1,7 @@
 """The training state: arrays only, placed on the mesh at birth."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -21,7 +23,7 @@ class TrainState:
     params: the model's parameters by part: encoder, projection_head, linear_head.
     batch_stats: BatchNorm's moving means and variances, by the same parts.
     opt_state: the optimizer's own arrays.
-    memory: see the module of that name; None where negatives come from the batch alone.
+    memory: the queue of negatives, see `losses.negatives`; None where negatives come from the batch alone.
   """
 
   step: jax.Array
@@ -32,7 +34,7 @@ class TrainState:
 
 
 def variables(
-  model: nn.Module, image_size: int, seed: int, mesh: jax.sharding.Mesh, *, split: bool = False
+  model: nn.Module, image_size: int, seed: int, mesh: jax.sharding.Mesh, *, sharded: bool = False
 ) -> tuple[Any, Any]:
   """Returns (params, batch_stats) of `model` at initialisation, the same on any number of devices.
 
@@ -40,69 +42,76 @@ def variables(
     model: called as `model(images, train=...)`.
     image_size: side of its square input in pixels.
     seed: of `jax.random.key`.
-    mesh: whose devices hold a copy each.
-    split: rather let each hold a part of every large parameter.
+    mesh: the devices; each holds a copy.
+    sharded: each device holds a part of every large parameter instead.
   """
-
-  def init(key):
-    tree = model.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.float32), train=False)
-    return tree["params"], tree.get("batch_stats", {})
-
-  key = jax.random.key(seed)
-  placement = sharding.replicated(mesh)
-  if split:
-    params, _ = jax.eval_shape(init, key)
-    placement = (sharding.split_arrays(params, mesh), placement)
-  return jax.jit(init, out_shardings=placement)(key)
+  params, batch_stats = abstract_variables(model, image_size, mesh, sharded=sharded)
+  placement = jax.tree.map(lambda x: x.sharding, (params, batch_stats))
+  return jax.jit(functools.partial(_init, model, image_size), out_shardings=placement)(jax.random.key(seed))
 
 
-def create(params, batch_stats, tx: optax.GradientTransformation, trainable=lambda params: params) -> TrainState:
+def abstract_variables(
+  model: nn.Module, image_size: int, mesh: jax.sharding.Mesh, *, sharded: bool = False
+) -> tuple[Any, Any]:
+  """Returns shapes, dtypes and placements of (params, batch_stats); computes nothing. Arguments as `variables`."""
+  params, batch_stats = jax.eval_shape(functools.partial(_init, model, image_size), jax.random.key(0))
+  replicated = sharding.replicated(mesh)
+  placed = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+  at = sharding.split_arrays(params, mesh) if sharded else jax.tree.map(lambda _: replicated, params)
+  return jax.tree.map(placed, params, at), jax.tree.map(lambda x: placed(x, replicated), batch_stats)
+
+
+def _init(model, image_size, key):
+  tree = model.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.float32), train=False)
+  return tree["params"], tree.get("batch_stats", {})
+
+
+def create(
+  params: Any,
+  batch_stats: Any,
+  tx: optax.GradientTransformation,
+  trained: Callable[[Any], Any] = lambda params: params,
+) -> TrainState:
   """Returns the state before the first step; the optimizer's arrays are placed as the parameters are.
 
   Args:
     params: the whole model's.
     batch_stats: the whole model's.
     tx: the optimizer.
-    trainable: picks the part of the parameters that `tx` sees.
+    trained: picks the part of the parameters that `tx` sees.
   """
   leaves = jax.tree.leaves(params)
   mesh = leaves[0].sharding.mesh
-  replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, trainable(params))
-  is_split = any(not leaf.sharding.is_fully_replicated for leaf in leaves)
-  placement = sharding.split_arrays(opt_state, mesh) if is_split else replicated
+  replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, trained(params))
+  is_sharded = any(not leaf.sharding.is_fully_replicated for leaf in leaves)
+  placement = sharding.split_arrays(opt_state, mesh) if is_sharded else replicated
   return TrainState(
     step=jax.device_put(np.zeros((), np.int32), replicated),
     params=params,
     batch_stats=batch_stats,
-    opt_state=jax.jit(tx.init, out_shardings=placement)(trainable(params)),
+    opt_state=jax.jit(tx.init, out_shardings=placement)(trained(params)),
   )
 
 
-def abstract(model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh, *, split: bool) -> TrainState:
-  """Returns the shapes, types and placements of the state before the first step; computes nothing, on any devices.
+def abstract(
+  model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, sharded: bool
+) -> TrainState:
+  """Returns shapes, dtypes and placements of the state before the first step; computes nothing, on any devices.
 
   Args:
     model: see `variables`.
     image_size: see `variables`.
-    tx: the optimizer.
+    tx: the optimizer, of all parameters.
     mesh: the devices, which may be described ones that this machine does not have.
-    split: see `variables`.
+    sharded: see `variables`.
   """
-
-  def init(key):
-    tree = model.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.float32), train=False)
-    params = tree["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, tree.get("batch_stats", {}), tx.init(params))
-
-  state = jax.eval_shape(init, jax.random.key(0))
-  placement = jax.tree.map(lambda _: sharding.replicated(mesh), state)
-  if split:
-    placement = placement.replace(
-      params=sharding.split_arrays(state.params, mesh), opt_state=sharding.split_arrays(state.opt_state, mesh)
-    )
-  return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placement)
+  params, batch_stats = abstract_variables(model, image_size, mesh, sharded=sharded)
+  replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, params)
+  at = sharding.split_arrays(opt_state, mesh) if sharded else jax.tree.map(lambda _: replicated, opt_state)
+  opt_state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), opt_state, at)
+  return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, batch_stats, opt_state)
 
 
-def count(tree) -> int:
-  """Returns how many numbers the tree holds."""
+def count(tree: Any) -> int:
+  """Returns the number of entries of all arrays of the tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

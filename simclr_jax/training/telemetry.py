@@ -1,20 +1,24 @@
 """What a run says while it runs: a progress bar, JSON lines for scripts, TensorBoard where TensorFlow is installed."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from tqdm import auto as tqdm
 
+from simclr_jax import files
 from simclr_jax.hardware import chips
+from simclr_jax.version import __version__
 
 # What a progress bar shows of every run.
 SPEED = {
@@ -39,7 +43,7 @@ def set_up_logging() -> None:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
   """Within it there are no progress bars, and the log has warnings only: for jobs that are a part of another one."""
   before = log.level
   log.setLevel(max(before, logging.WARNING))
@@ -47,6 +51,21 @@ def quiet():
     yield
   finally:
     log.setLevel(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meter:
+  """What turns steps into speed.
+
+  Attributes:
+    images_per_step: images (not views) of one global batch.
+    flops_per_step: model FLOPs of one step on all devices; 0 if unknown.
+    devices: that share the work.
+  """
+
+  images_per_step: int
+  flops_per_step: float = 0
+  devices: tuple[jax.Device, ...] = ()
 
 
 class Telemetry:
@@ -62,11 +81,9 @@ class Telemetry:
     *,
     total_steps: int,
     start_step: int,
-    images_per_step: int,
+    meter: Meter,
     title: str,
-    show: Mapping[str, str] = (),
-    flops_per_step: float = 0,
-    devices: Sequence[jax.Device] = (),
+    shown: Mapping[str, str] = types.MappingProxyType({}),
   ):
     """Opens the writers; metric rows after `start_step` are dropped, so none appears twice.
 
@@ -74,23 +91,20 @@ class Telemetry:
       workdir: the run's folder.
       total_steps: where the bar ends.
       start_step: steps that are already done.
-      images_per_step: images (not views) of one global batch.
+      meter: images and model FLOPs of a step.
       title: of the bar.
-      show: metric name -> label, of the metrics that the bar shows beside the speed.
-      flops_per_step: model FLOPs of one step on all devices; 0 if unknown.
-      devices: that share the work.
+      shown: metric name -> label, of the metrics that the bar shows beside the speed.
     """
     self._lead = jax.process_index() == 0
-    self._show = {**dict(show), **SPEED}
-    self._images_per_step, self._flops_per_step = images_per_step, flops_per_step
-    self._peak = chips.peak_of(devices)
+    self._shown = {**shown, **SPEED}
+    self._meter, self._peak = meter, chips.peak_of(meter.devices)
     self._clock, self._clock_step = time.monotonic(), start_step
     self._seconds = dict.fromkeys(("data", "checkpoint", "aside"), 0.0)
     self._rows, self._tensorboard = None, None
     if not self._lead:
       return
-    if flops_per_step and not self._peak and devices[0].platform != "cpu":
-      log.info("The peak of %s is not known: model FLOP/s are reported, MFU is not.", devices[0].device_kind)
+    if meter.flops_per_step and not self._peak and meter.devices[0].platform != "cpu":
+      log.info("The peak of %s is not known: model FLOP/s are reported, MFU is not.", meter.devices[0].device_kind)
     path = epath.Path(workdir) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
@@ -120,7 +134,7 @@ class Telemetry:
     self.close()
 
   @contextlib.contextmanager
-  def waiting_for(self, what: str):
+  def waiting_for(self, what: str) -> Iterator[None]:
     """Times what the loop spends on `data` or a `checkpoint` that is not ready, or `aside` from training."""
     start = time.monotonic()
     yield
@@ -140,9 +154,9 @@ class Telemetry:
     """
     now = time.monotonic()
     seconds, steps = now - self._clock - self._seconds["aside"], step - self._clock_step
-    speed = {"speed/images_per_second": steps * self._images_per_step / seconds}
+    speed = {"speed/images_per_second": steps * self._meter.images_per_step / seconds}
     speed |= {f"speed/{what}_wait_share": self._seconds[what] / seconds for what in ("data", "checkpoint")}
-    flops = steps * self._flops_per_step / seconds
+    flops = steps * self._meter.flops_per_step / seconds
     if flops:
       speed["speed/model_tflop_per_second"] = flops / 1e12
       if self._peak:
@@ -159,7 +173,7 @@ class Telemetry:
     self._rows.flush()
     if self._tensorboard:
       self._tensorboard.write_scalars(step, metrics)
-    shown = {label: _shown(name, metrics[name]) for name, label in self._show.items() if name in metrics}
+    shown = {label: _shown(name, metrics[name]) for name, label in self._shown.items() if name in metrics}
     if shown:
       self._bar.set_postfix(shown)
 
@@ -177,13 +191,12 @@ def read_rows(workdir: str) -> list[dict[str, float]]:
   return [json.loads(line) for line in _complete_lines(epath.Path(workdir) / "metrics.jsonl")]
 
 
-def write_json(path: str, tree: Any) -> None:
-  """Writes a JSON file whole or not at all, whenever a kill comes; its folder is made if missing."""
-  target = epath.Path(path)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(target.name + ".partial")
-  partial.write_text(json.dumps(tree, indent=2) + "\n")
-  partial.replace(target)
+def write_result(workdir: str, result: Mapping[str, Any]) -> epath.Path:
+  """Writes `workdir`/result.json, with the version of this package, from the first process only; returns its path."""
+  path = epath.Path(workdir) / "result.json"
+  if jax.process_index() == 0:
+    files.write_json(path, {**result, "version": __version__})
+  return path
 
 
 def _shown(name: str, value: float) -> str:

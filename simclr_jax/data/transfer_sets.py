@@ -1,4 +1,4 @@
-"""The data sets of `transfer`: the twelve of the paper, and how any other is named."""
+"""The data sets of `transfer`: the twelve of the paper, and the notation for any other."""
 
 import dataclasses
 import os
@@ -15,13 +15,14 @@ class Task:
   """A data set to transfer to.
 
   Attributes:
-    key: its name in results, and of its folder.
+    key: its name in the results, and the name of its folder there.
     source: tfds | folder.
-    location: the TFDS name, or the folder.
-    splits: (train, validation, test); no validation split: a share of train is held back. None: what there is.
-    metric: top1 | mean_per_class | map_11; "": top1, or map_11 where an image has any number of classes.
-    published: the paper's per cent for ResNet-50 and ResNet-50 4x, linear (Chen et al. 2020, table 8 and appendix B.8).
-    remark: what its splits are.
+    location: the TFDS name, or the path of the folder.
+    splits: (train, validation, test); without a validation split ("") a share of train is held back. None: the splits
+      that the data set has; see `splits_of`.
+    metric: top1 | mean_per_class | map_11; "": map_11 if an image may have several classes, else top1.
+    published: the paper's accuracies of ResNet-50 and ResNet-50 4x, linear, % (Chen et al. 2020, table 8 and B.8).
+    remark: about its splits.
   """
 
   key: str
@@ -33,33 +34,36 @@ class Task:
   remark: str = ""
 
 
-def _paper(key, location, validation, test, metric, published, remark, *, source="tfds"):
-  return Task(key, source, location, ("train", validation, test), metric, published, remark)
+def _paper(key, location, splits, metric, published, remark="", *, source="tfds"):
+  return Task(key, source, location, ("train", *splits), metric, published, remark)
 
 
-# In the paper's order. Birdsnap and Aircraft are not in TFDS 4.9.10: they are folders beside its data sets.
+# In the paper's order. Birdsnap and Aircraft are not in TFDS 4.9.10: they are read as folders in the same directory.
 TWELVE = (
-  _paper("food101", "food101", "", "validation", "top1", (68.4, 76.9), "TFDS calls the test split validation"),
-  _paper("cifar10", "cifar10", "", "test", "top1", (90.6, 95.3), ""),
-  _paper("cifar100", "cifar100", "", "test", "top1", (71.6, 80.2), ""),
-  _paper("birdsnap", "birdsnap", "validation", "test", "top1", (37.4, 48.4), "a folder", source="folder"),
-  _paper("sun397", "sun397/standard-part1-120k", "", "test", "top1", (58.8, 65.9), "the first of ten splits"),
-  _paper("cars196", "cars196", "", "test", "top1", (50.3, 60.0), ""),
-  _paper("aircraft", "aircraft", "validation", "test", "mean_per_class", (50.3, 61.2), "a folder", source="folder"),
-  _paper("voc2007", "voc/2007", "validation", "test", "map_11", (80.5, 84.2), "difficult objects do not count"),
-  _paper("dtd", "dtd", "validation", "test", "top1", (74.5, 78.9), "the first of ten splits"),
-  _paper("oxford_iiit_pet", "oxford_iiit_pet", "", "test", "mean_per_class", (83.6, 89.2), ""),
-  _paper("caltech101", "caltech101", "", "test", "mean_per_class", (90.3, 93.9), "30 images a class to train on"),
-  _paper("oxford_flowers102", "oxford_flowers102", "validation", "test", "mean_per_class", (91.2, 95.0), ""),
+  _paper("food101", "food101", ("", "validation"), "top1", (68.4, 76.9), "TFDS calls the test split validation"),
+  _paper("cifar10", "cifar10", ("", "test"), "top1", (90.6, 95.3)),
+  _paper("cifar100", "cifar100", ("", "test"), "top1", (71.6, 80.2)),
+  _paper("birdsnap", "birdsnap", ("validation", "test"), "top1", (37.4, 48.4), "a folder", source="folder"),
+  _paper("sun397", "sun397/standard-part1-120k", ("", "test"), "top1", (58.8, 65.9), "the first of ten splits"),
+  _paper("cars196", "cars196", ("", "test"), "top1", (50.3, 60.0)),
+  _paper("aircraft", "aircraft", ("validation", "test"), "mean_per_class", (50.3, 61.2), "a folder", source="folder"),
+  _paper("voc2007", "voc/2007", ("validation", "test"), "map_11", (80.5, 84.2), "difficult objects do not count"),
+  _paper("dtd", "dtd", ("validation", "test"), "top1", (74.5, 78.9), "the first of ten splits"),
+  _paper("oxford_iiit_pet", "oxford_iiit_pet", ("", "test"), "mean_per_class", (83.6, 89.2)),
+  _paper("caltech101", "caltech101", ("", "test"), "mean_per_class", (90.3, 93.9), "30 images a class to train on"),
+  _paper("oxford_flowers102", "oxford_flowers102", ("validation", "test"), "mean_per_class", (91.2, 95.0)),
 )
 
 
 def chosen(text: str, data_dir: str) -> list[Task]:
-  """Returns the data sets that `config.transfer.datasets` names, each once.
+  """Returns the data sets in the text of `config.transfer.datasets`, each once.
 
   Args:
-    text: separated by commas: paper | a name of TWELVE | a TFDS name | NAME:TRAIN:VALIDATION:TEST | folder:DIR.
-    data_dir: holds the folders of TWELVE.
+    text: separated by commas: paper | a name in TWELVE | a TFDS name | NAME:TRAIN:VALIDATION:TEST | folder:DIR.
+    data_dir: contains the folders of TWELVE.
+
+  Raises:
+    UserError: a name cannot be read, or two data sets would write to the same folder.
   """
   tasks = []
   for word in (word.strip() for word in text.split(",")):
@@ -76,17 +80,21 @@ def chosen(text: str, data_dir: str) -> list[Task]:
 
 
 def optional(text: str) -> set[str]:
-  """Returns the keys of the data sets that are there because of `paper` alone: of these some may be missing."""
+  """Returns the keys of the data sets that only `paper` stands for; the job may skip those that are not prepared."""
   words = [word.strip() for word in text.split(",")]
   named = {_named(word, "").key for word in words if word != PAPER}
   return {task.key for task in TWELVE} - named if PAPER in words else set()
 
 
 def splits_of(task: Task, names: tuple[str, ...]) -> tuple[str, str, str]:
-  """Returns (train, validation or "", test) of a data set that has the splits `names`."""
+  """Returns (train, validation or "", test), given the names of the splits that a data set has.
+
+  Raises:
+    UserError: `task` names no splits, and the data set has no train and test.
+  """
   if task.splits:
     train, validation, test = task.splits
-    # A folder may have a validation split, or not.
+    # The validation split of a folder is optional.
     return (train, validation if task.source == "tfds" or validation in names else "", test)
   if "train" in names and "test" in names:
     return "train", "validation" if "validation" in names else "", "test"
@@ -108,7 +116,7 @@ def _named(word, data_dir):
     if known:
       return dataclasses.replace(known[0], location=location)
     return Task(name, "folder", location, None)
-  # Not the colons inside train[:90%].
+  # Splits at colons, except those inside brackets, as in train[:90%].
   name, *splits = re.split(r":(?![^\[]*\])", word)
   if len(splits) not in (0, 3) or not name or splits and not (splits[0] and splits[2]):
     raise errors.UserError(
@@ -120,5 +128,5 @@ def _named(word, data_dir):
     return _placed(known[0], data_dir)
   task = _placed(known[0], data_dir) if known else Task(name, "tfds", name, None)
   key = re.sub(r"[^\w.%+-]+", "_", word).strip("_")
-  # Of other images the published figures say nothing.
+  # The published accuracies are of other splits.
   return dataclasses.replace(task, key=key, splits=tuple(splits) or None, published=None, remark="")

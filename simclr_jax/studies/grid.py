@@ -1,40 +1,75 @@
-"""The cells of a study on disk: their configs, what their runs have left, the tables and the figure of them."""
+"""The cells of a study on disk: their configs, the results of their runs, the study's JSON files and its figure."""
 
+import dataclasses
 import json
+from typing import Any
 
+import ml_collections
 from etils import epath
 
-from simclr_jax import figures, studies
-from simclr_jax.jobs import knn, linear_eval, setup
+from simclr_jax import experiment, figures
+from simclr_jax.studies import definitions
 from simclr_jax.training import checkpoint, telemetry
 
-# By the evaluation's name: its job, what it overrides, and the accuracy that is shown.
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """How the cells of a study are evaluated.
+
+  Attributes:
+    job: name of the job.
+    overrides: of its config, by key.
+    accuracy: key of its result.
+  """
+
+  job: str
+  overrides: definitions.Overrides
+  accuracy: str
+
+
 EVALUATIONS = {
-  "linear": (linear_eval, {"linear_eval.protocol": "features"}, "eval/top1"),
-  "reference": (linear_eval, {"linear_eval.protocol": "reference"}, "eval/top1"),
-  "knn": (knn, {}, "eval/knn_top1"),
+  "linear": Evaluation("linear_eval", {"linear_eval.protocol": "features"}, "eval/top1"),
+  "reference": Evaluation("linear_eval", {"linear_eval.protocol": "reference"}, "eval/top1"),
+  "knn": Evaluation("knn", {}, "eval/knn_top1"),
 }
-FINISHED, FAILED, OPEN = "finished", "failed", "not run"
-NOTHING_YET = {"state": OPEN, "accuracy": None, "train_loss": None, "seconds": None}
+FINISHED, FAILED, NOT_RUN = "finished", "failed", "not run"
+NO_RESULT = {"state": NOT_RUN, "accuracy": None, "train_loss": None, "seconds": None}
 
 Labels = tuple[str, str, str]  # Row, column, variant.
+Panel = dict[Labels, float | None]  # Accuracies in per cent.
 
 
 class Grid:
   """A study in its folder.
 
   Attributes:
-    cells: labels -> what `study.json` says of a cell; all that were asked for, now or before.
+    cells: labels -> the entry of a cell in `study.json`; all cells that this or an earlier command asked for.
     figure: path of the PNG.
-    job: evaluates a cell.
+    job: name of the job that evaluates a cell.
   """
 
-  def __init__(self, name: str, config, workdir: str, evaluation: str, rows: tuple[str, ...], columns: tuple[str, ...]):
-    """Reads what is there; rows and columns are those that are asked for now."""
-    self._name, self._study, self._config = name, studies.STUDIES[name], config
+  def __init__(
+    self,
+    name: str,
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    evaluation: str,
+    rows: tuple[str, ...],
+    columns: tuple[str, ...],
+  ):
+    """Reads the results in `workdir`.
+
+    Args:
+      name: of the study.
+      config: what all cells have in common.
+      workdir: folder of the study.
+      evaluation: one of EVALUATIONS.
+      rows, columns: labels that this command asks for.
+    """
+    self._name, self._study, self._config = name, definitions.STUDIES[name], config
     self._base = checkpoint.flat(config.to_dict())
     self._workdir, self._evaluation = epath.Path(workdir), evaluation
-    self.job, self._overrides, self._accuracy = EVALUATIONS[evaluation]
+    self.job = EVALUATIONS[evaluation].job
     suffix = "" if evaluation == "linear" else f"_{evaluation}"
     self._path = self._workdir / f"study{suffix}.json"
     self.figure = str(self._workdir / "figures" / f"{name}{suffix}.png")
@@ -44,12 +79,12 @@ class Grid:
     self._columns = _merged(self._study.columns, before["columns"], columns)
     self.cells = {}
     for labels in ((r, c, v) for r in self._rows for c in self._columns for v in self._study.variants):
-      self.cells[labels] = dict(zip(("row", "column", "variant"), labels, strict=True)) | NOTHING_YET
+      self.cells[labels] = dict(zip(("row", "column", "variant"), labels, strict=True)) | NO_RESULT
       self.cells[labels] |= known.get(labels, {})
       self.refresh(labels)
 
   def due(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> list[Labels]:
-    """Returns the cells of some rows and columns; of those that are one run, the first."""
+    """Returns the cells of these rows and columns; of cells that share one run only the first."""
     found = {}
     for labels in self.cells:
       if labels[0] in rows and labels[1] in columns:
@@ -57,37 +92,41 @@ class Grid:
     return list(found.values())
 
   def folders(self, labels: Labels) -> tuple[str, str]:
-    """Returns the folders of a cell's two runs, of pretraining and of the evaluation."""
+    """Returns the folders of a cell's two runs: pretraining and evaluation."""
     folder = self._workdir / "cells" / self._study.folder(*labels)
     return str(folder / "pretrain"), str(folder / self._evaluation)
 
-  def configs(self, labels: Labels):
-    """Returns the configs of a cell's two runs."""
+  def configs(self, labels: Labels) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
+    """Returns the configs of a cell's two runs: pretraining and evaluation."""
     pretraining = self._config.copy_and_resolve_references()
-    _set(pretraining, self._study.overrides(*labels, self._base))
+    pretraining.update_from_flattened_dict(self._study.overrides(*labels, self._base))
     evaluating = pretraining.copy_and_resolve_references()
-    _set(evaluating, {**self._overrides, "checkpoint": self.folders(labels)[0]})
+    evaluating.update_from_flattened_dict(EVALUATIONS[self._evaluation].overrides)
+    evaluating.checkpoint = self.folders(labels)[0]
     return pretraining, evaluating
 
   def refresh(self, labels: Labels) -> bool:
-    """Reads what the runs of a cell have left, into all cells that are the same; returns whether it is finished."""
+    """Updates a cell from the results of its runs; returns whether it is finished."""
     (pretrained, evaluated), cell = self.folders(labels), self.cells[labels]
-    if not all(map(_is_finished, (pretrained, evaluated), self.configs(labels))):
-      if cell["state"] == FINISHED:  # Its folders went, or are of another config.
-        cell |= NOTHING_YET
+    if not all(
+      experiment.is_finished(folder, config.to_dict())
+      for folder, config in zip((pretrained, evaluated), self.configs(labels), strict=True)
+    ):
+      if cell["state"] == FINISHED:  # Its folders were deleted, or hold runs of another config.
+        cell |= NO_RESULT
       return False
-    top1 = json.loads((epath.Path(evaluated) / "result.json").read_text())[self._accuracy]
+    top1 = json.loads((epath.Path(evaluated) / "result.json").read_text())[EVALUATIONS[self._evaluation].accuracy]
     losses = [row["train/loss"] for row in telemetry.read_rows(pretrained) if "train/loss" in row]
     cell |= {"state": FINISHED, "accuracy": top1, "train_loss": losses[-1]}
     cell.pop("error", None)
     return True
 
   def pretrained(self, labels: Labels) -> bool:
-    """Whether a cell's pretraining is done."""
-    return _is_finished(self.folders(labels)[0], self.configs(labels)[0])
+    """Returns whether a cell's pretraining is finished."""
+    return experiment.is_finished(self.folders(labels)[0], self.configs(labels)[0].to_dict())
 
   def outcome(self, labels: Labels) -> str:
-    """Returns a cell and how it went, in one line."""
+    """Returns one line for the log: a cell's labels, then its accuracy, its error or that it was not run."""
     cell = self.cells[labels]
     names = " + ".join(dict.fromkeys(label for label in labels if label))
     seconds = "" if cell["seconds"] is None else f" ({cell['seconds']:.0f} s)"
@@ -95,9 +134,9 @@ class Grid:
       f"{names}: {100 * cell['accuracy']:.1f} %{seconds}" if cell["state"] == FINISHED else f"{names}: {_why(cell)}"
     )
 
-  def write(self) -> dict:
+  def write(self) -> dict[str, Any]:
     """Writes the study's JSON file and `result.json`; returns the latter."""
-    for labels in self.cells:  # Some may be the run of another.
+    for labels in self.cells:  # Cells that share a run finish together.
       self.refresh(labels)
     tree = {"study": self._name, "source": self._study.source, "evaluation": self._evaluation}
     tree |= {"rows": self._rows, "columns": self._columns, "cells": list(self.cells.values())}
@@ -109,7 +148,7 @@ class Grid:
     telemetry.write_json(str(self._path), tree)
     states = [cell["state"] for cell in self.cells.values()]
     result = {"study": self._name, "evaluation": self._evaluation}
-    result |= {state.replace(" ", "_"): states.count(state) for state in (FINISHED, FAILED, OPEN)}
+    result |= {state.replace(" ", "_"): states.count(state) for state in (FINISHED, FAILED, NOT_RUN)}
     result["top1"] = {
       self._study.folder(*labels): cell["accuracy"] for labels, cell in self.cells.items() if cell["state"] == FINISHED
     }
@@ -117,7 +156,7 @@ class Grid:
     return result
 
   def draw(self) -> None:
-    """Draws what is finished, beside what was published."""
+    """Draws the accuracies of the finished cells beside the published ones."""
     study, data = self._study, self._base["data.name"] or self._base["data.source"]
     ours = {k: 100 * cell["accuracy"] if cell["state"] == FINISHED else None for k, cell in self.cells.items()}
     panels = {f"This run: {data}": ours}
@@ -139,39 +178,19 @@ class Grid:
       figures.lines(families, self.figure, axis_name=names[x], legend=names[line], **heading)
 
 
-def _families(panel, x: int, line: int):
-  """Returns {(line, variant): {x: value}} of {labels: value}."""
+def _families(panel: Panel, x: int, line: int) -> dict[tuple[str, str], dict[str, float | None]]:
+  """Returns {(line, variant): {x: value}}; `x` and `line` say which of the labels are which."""
   families = {}
   for labels, value in panel.items():
     families.setdefault((labels[line], labels[2]), {})[labels[x]] = value
   return families
 
 
-def _merged(axis: studies.Axis, before, now) -> list[str]:
-  """Returns the labels of an axis: all there are, or the numbers that were asked for before and now."""
+def _merged(axis: definitions.Axis, before, now) -> list[str]:
+  """Returns the labels of an axis in order: all of a fixed set, or the numbers that commands have asked for so far."""
   if axis.number is None:
     return list(axis.labels)
   return sorted({*before, *now}, key=lambda label: (float(label.partition("+")[0]), label))
-
-
-def _set(config, overrides) -> None:
-  for key, value in overrides.items():
-    section, _, leaf = key.rpartition(".")
-    holder = config
-    for name in section.split(".") if section else ():
-      holder = holder[name]
-    holder[leaf] = value
-
-
-def _is_finished(folder: str, config) -> bool:
-  """Whether a folder holds the result of a run of this very config."""
-  path = epath.Path(folder)
-  if not (path / "result.json").exists():
-    return False
-  ours, theirs = (
-    checkpoint.flat(tree) for tree in (config.to_dict(), json.loads((path / "config.json").read_text())["config"])
-  )
-  return all(ours.get(key) == theirs.get(key) or key.startswith(setup.FREE_KEYS) for key in ours.keys() | theirs.keys())
 
 
 def _why(cell) -> str:

@@ -1,4 +1,4 @@
-"""The studies of the v1 paper as data: what varies, the config of each cell, and what the paper found on ImageNet."""
+"""The studies of the v1 paper as data: what varies, the config of each cell, and the published ImageNet accuracies."""
 
 import dataclasses
 import fractions
@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from simclr_jax import errors
+from simclr_jax.data import composition
 
 Overrides = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """One of the two things that vary.
+  """A setting that varies along the rows or the columns of a study.
 
   Attributes:
-    name: as a figure says it.
-    labels: of its values; where `factor_of` is set, factors of that key of the base config.
-    number: None where `labels` are all there is, else the type of number that `--rows` and `--columns` may give.
+    name: in figures and messages.
+    labels: of its values; if `factor_of` is set, factors that multiply this key of the base config.
+    number: type of the numbers that `--rows` and `--columns` accept; None if only `labels` are allowed.
     factor_of: key of the config, or "".
   """
 
@@ -27,16 +28,20 @@ class Axis:
   factor_of: str = ""
 
   def default(self, base: Overrides) -> tuple[str, ...]:
-    """Returns the labels for a base config, flat."""
+    """Returns the labels of a study without --rows or --columns; `base` is the flat base config."""
     if not self.factor_of:
       return self.labels
     return tuple(f"{float(base[self.factor_of] * fractions.Fraction(label)):g}" for label in self.labels)
 
   def chosen(self, text: str, option: str) -> tuple[str, ...]:
-    """Returns the labels that --`option`=`text` names.
+    """Returns the labels in the text of a command-line option, each once.
+
+    Args:
+      text: labels separated by commas.
+      option: rows | columns, for messages.
 
     Raises:
-      UserError: one of them is no value of this axis.
+      UserError: a label is not a value of this axis.
     """
     return tuple(dict.fromkeys(self._chosen(part.strip(), option, text) for part in text.split(",")))
 
@@ -64,14 +69,14 @@ class Study:
 
   Attributes:
     title: of the figure.
-    source: where the paper has it.
-    rows, columns: what varies.
-    overrides: (row, column, variant, base config, flat) -> what this cell sets, by key.
+    source: figure or table of the paper.
+    rows, columns: the settings that vary.
+    overrides: (row, column, variant, flat base config) -> config overrides of this cell, by key.
     chart: heat_map | bars | lines_over_rows | lines_over_columns.
-    published: what the paper found, as `published_is` says, % by (row, column, variant).
+    published: published accuracies, % by (row, column, variant).
     published_is: the published experiment in a few words.
-    variants: of every cell.
-    folder: (row, column, variant) -> name of the cell; cells of one name are one run.
+    variants: labels of a third setting; each cell is run with every one.
+    folder: (row, column, variant) -> folder name of the cell; cells with the same name share one run.
   """
 
   title: str
@@ -87,15 +92,12 @@ class Study:
 
 
 def _table(columns, rows, variant=""):
-  """Returns {(row, column, variant): value} of {row: values}."""
+  """Returns {(row, column, variant): value}, given {row: values in the order of `columns`}."""
   pairs = ((row, column, value) for row, values in rows.items() for column, value in zip(columns, values, strict=True))
   return {(row, column, variant): value for row, column, value in pairs}
 
 
 # Figure 5 and section 3.1.
-OPERATIONS = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
-
-
 def _composition(first, second, variant, base):
   return {"augment.compose": first if first == second else f"{first},{second}"}
 
@@ -103,12 +105,12 @@ def _composition(first, second, variant, base):
 AUGMENTATIONS = Study(
   title="Composition of augmentations",
   source="v1 figure 5",
-  rows=Axis("first operation", OPERATIONS),
-  columns=Axis("second operation", OPERATIONS),
+  rows=Axis("first operation", composition.OPERATIONS),
+  columns=Axis("second operation", composition.OPERATIONS),
   overrides=_composition,
   chart="heat_map",
   published=_table(
-    OPERATIONS,
+    composition.OPERATIONS,
     {
       "crop": (33.1, 33.9, 56.3, 46.0, 39.9, 35.0, 30.2),
       "cutout": (32.2, 25.6, 33.9, 40.0, 26.5, 25.2, 22.4),
@@ -163,7 +165,7 @@ SQUARE_ROOT = (
 
 
 def _batch_epochs(batch, epochs, scaling, base):
-  # Both rates are the base config's at its own batch; the paper's 0.3 and 0.075 meet at 4096.
+  # At the base config's batch size both scalings give the same rate, as the paper's 0.3 and 0.075 do at 4096.
   ratio = base["batch_size"] ** 0.5 / 256
   rate = base["optimizer.base_learning_rate"]
   if scaling != base["optimizer.scaling"]:
@@ -260,7 +262,7 @@ LOSS = Study(
   published_is="ImageNet, ResNet-50, 100 epochs",
 )
 
-# Figure 7; the numbers are those of table 6, of 1000 epochs.
+# Figure 7; the published numbers are from table 6 (1000 epochs).
 ENCODER = Study(
   title="Depth and width of the encoder",
   source="v1 figure 7; published numbers from table 6",

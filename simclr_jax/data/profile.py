@@ -8,14 +8,16 @@ import time
 import jax
 import jax.numpy as jnp
 
+from simclr_jax.data import inputs
 from simclr_jax.hardware import chips
-from simclr_jax.jobs import feed, setup
 
 SECONDS = 10.0
 ROUNDS = 5
 
 
-def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str = "", mfu: str = "0.4") -> dict:
+def run(
+  images: inputs.Input, *, batch_size: int, flops_per_image: float, chip: str = "", mfu: float = 0.4
+) -> dict[str, float | int | str]:
   """Prints and returns what the input delivers, and the host threads that one chip would need.
 
   Args:
@@ -25,10 +27,9 @@ def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str
     chip: name of the chip to be fed; "" for this machine's, if it is known.
     mfu: share of its peak that the training is expected to reach; plain Flax reached 0.4 on TPU v3.
   """
-  share = setup.share_of_peak(mfu)
   target = chips.named(chip) if chip else chips.chip_of(jax.devices()[0])
   result = {"batch_size": batch_size}
-  if images.dataset is None:
+  if isinstance(images, inputs.Streamed):
     threads = os.cpu_count()
     rows = images.batches(0)
     rate = _rate(lambda: next(rows), batch_size // jax.process_count())
@@ -42,11 +43,11 @@ def run(images: feed.Feed, *, batch_size: int, flops_per_image: float, chip: str
     result |= {"images_per_second": rate, "threads": 0}
     lines = [f"Input alone: {rate:,.0f} pairs/s on {images.mesh.size} devices; resident, no host thread takes part"]
   if target:
-    needed = share * target.flops / flops_per_image
-    result |= {"chip": target.name, "mfu": share, "chip_images_per_second": needed}
+    needed = mfu * target.flops / flops_per_image
+    result |= {"chip": target.name, "mfu": mfu, "chip_images_per_second": needed}
     giga = f"{flops_per_image / 1e9:,.1f} GFLOP a pair"
-    lines.append(f"One {target.name} takes {needed:,.0f} pairs/s at {share:.0%} of its peak ({giga})")
-    if images.dataset is None:
+    lines.append(f"One {target.name} takes {needed:,.0f} pairs/s at {mfu:.0%} of its peak ({giga})")
+    if isinstance(images, inputs.Streamed):
       result["threads_for_chip"] = math.ceil(needed / (rate / threads))
       lines.append(f"Threads like these to feed it: {result['threads_for_chip']:,}")
   else:

@@ -1,0 +1,138 @@
+"""Training of a linear classifier on an encoder, of which any part may learn along: finetune, linear_eval, distill."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from simclr_jax import experiment, figures, optim
+from simclr_jax.data import source
+from simclr_jax.evaluation import scores
+from simclr_jax.hardware import cost
+from simclr_jax.models import simclr
+from simclr_jax.training import loop, objectives, telemetry
+from simclr_jax.training import state as state_lib
+
+
+def no_constants() -> tuple[Any, ...]:
+  """Returns no arrays: the step needs the batch alone."""
+  return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a job trains on its recipe.
+
+  Attributes:
+    train: the images to learn from.
+    held_out: the images to count on, with labels.
+    classes: of the classifier.
+    layer: of the projection head, which feeds the classifier; 0 is the encoder's h, which needs no such head.
+    after_stage: stages of the encoder up to this one are frozen; -1 none, see `simclr.Classifier`.
+    frozen_head: whether the projection head is frozen too.
+    objective: a `Classification`, or a subclass, but for model, decay and prepare.
+    constants: makes the arrays of the step that no step changes, once everything else is known to fit.
+    about: what `result.json` says beside the accuracies.
+  """
+
+  train: source.Source
+  held_out: source.Source
+  classes: int
+  layer: int
+  after_stage: int = -1
+  frozen_head: bool = False
+  objective: Callable[..., objectives.Classification] = objectives.Classification
+  constants: Callable[[], tuple[Any, ...]] = no_constants
+  about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, int] | None = None) -> dict[str, Any]:
+  """Trains what `config.checkpoint` names by the job's recipe; returns (and writes to `result.json`) accuracies.
+
+  Args:
+    run: the job's.
+    task: what it trains.
+    profile_steps: see `loop.Run`.
+  """
+  saved = run.saved(head=bool(task.layer)) if run.is_pretrained else None
+  # The reference starts the classifier at zero only on top of weights that were loaded.
+  head = run.network.linear_head(task.classes, zero_init=run.recipe.zero_init and bool(run.config.checkpoint))
+  projection = run.network.projection_head() if task.layer else None
+  encoder = run.network.encoder()
+  model = simclr.Classifier(encoder, head, projection, task.layer, task.after_stage, task.frozen_head)
+  examples = task.train.num_examples
+  optimizer, images = run.optimizer(examples), run.singles(task.train)
+  constants = task.constants()
+  objective = task.objective(model, run.decay, images.prepare)
+  state = _start(run, model, optimizer, saved)
+  settings = run.run(
+    objective,
+    optimizer,
+    examples,
+    flops_per_step=run.recipe.batch_size * flops_of_image(run, model, state),
+    evaluate=_held_out_accuracy(run, model, task.held_out),
+    classifier_layer=task.layer,
+    profile_steps=profile_steps,
+  )
+  telemetry.log.info(
+    "%s: %d images, %d classes, %d steps of %d, %s of %s parameters learn, %s",
+    *(run.job, examples, task.classes, optimizer.total_steps, run.recipe.batch_size),
+    *(f"{state_lib.count(tree):,}" for tree in (objective.trained(state.params), state.params)),
+    run.hardware,
+  )
+  step_fn = images.jit(run.step(objective, optimizer), state, *constants)
+  _, accuracies = loop.train(state, step_fn, images, settings, constants)
+  about = {"checkpoint": run.config.checkpoint, "steps": optimizer.total_steps, "train_examples": examples}
+  return _finish(run, {**accuracies, **about, **task.about})
+
+
+def flops_of_image(run: experiment.Experiment, model: simclr.Classifier, state: state_lib.TrainState) -> int:
+  """Returns the model FLOPs of a step for each image: three forward passes of what learns, one of what is frozen."""
+  size = run.config.data.image_size
+  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  learning = {tuple(path[:-1]) for path in optim.leaf_names(simclr.trained_part(model, state.params))}
+  layers = cost.flops_by_module(model, variables, image, train=False)
+  return sum(flops * (3 if path in learning else 1) for path, flops in layers.items())
+
+
+def _start(run, model, optimizer, saved):
+  params, batch_stats = run.variables(model)
+  if saved:
+    loaded = [{k: v for k, v in tree.items() if k != "linear_head"} for tree in (params, batch_stats)]
+    parts, statistics = saved.load(*loaded)
+    params, batch_stats = {**params, **parts}, {**batch_stats, **statistics}
+  return state_lib.create(params, batch_stats, optimizer.tx, functools.partial(simclr.trained_part, model))
+
+
+def _held_out_accuracy(run, model, held_out) -> loop.Evaluate:
+  gather_params, rows = run.gather_params, run.rows(held_out)
+
+  def logits_of(variables, images):
+    return model.apply({**variables, "params": gather_params(variables["params"])}, images, train=False)
+
+  def evaluate(state):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return {f"eval/{name}": v for name, v in scores.accuracy(logits_of, variables, rows(), run.mesh).items()}
+
+  return evaluate
+
+
+def _finish(run, result):
+  path = telemetry.write_result(run.workdir, result)
+  if jax.process_index() == 0:
+    panels = {
+      "Loss": {"train/loss": "training", "eval/loss": "cross-entropy, held out"},
+      "Top-1 accuracy": {"train/accuracy": "training batches", "eval/top1": "held out"},
+    }
+    curves = str(epath.Path(run.workdir) / "figures" / "curves.png")
+    figures.curves(telemetry.read_rows(run.workdir), panels, curves, title=run.job)
+    telemetry.log.info(
+      "%s: top-1 %.2f %%, top-5 %.2f %% of %d held-out images; %s",
+      *(run.job, 100 * result["eval/top1"], 100 * result["eval/top5"], result["eval/examples"], path),
+    )
+  return result

@@ -1,0 +1,256 @@
+"""The configuration of a run: load, override, check, compare, write. `keys` has every key and its default."""
+
+import importlib.util
+import inspect
+import json
+import pathlib
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from simclr_jax import errors, files
+from simclr_jax.keys import KEYS, Value
+from simclr_jax.version import __version__
+
+# In place of a checkpoint: the encoder as it is initialised.
+RANDOM = "random"
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Returns the unlocked configuration that experiments start from: the reference's own defaults."""
+  config = ml_collections.ConfigDict()
+  for name, key in KEYS.items():
+    section, _, leaf = name.rpartition(".")
+    holder = config
+    for part in section.split(".") if section else ():
+      if part not in holder:
+        holder[part] = ml_collections.ConfigDict()
+      holder = holder[part]
+    holder[leaf] = key.default
+  return config
+
+
+def load(name_or_path: str = "", overrides: Mapping[str, Any] = {}) -> ml_collections.ConfigDict:  # noqa: B006
+  """Returns the locked, checked config of an experiment, or of the checkpoint that `overrides` names.
+
+  Args:
+    name_or_path: see `read`; "" for the config that the checkpoint `checkpoint` (or `distill.teacher`) carries.
+    overrides: dotted key -> value, or its text.
+
+  Raises:
+    UserError: the file cannot be read, or an override does not fit a key.
+  """
+  if name_or_path:
+    config = read(name_or_path)
+  elif path := next((overrides[k] for k in ("checkpoint", "distill.teacher") if names_run(overrides.get(k, ""))), ""):
+    # Imported late: it brings Orbax, and --help should answer at once.
+    from simclr_jax.training import checkpoint
+
+    config = completed(checkpoint.open(path).config)
+  else:
+    raise errors.UserError(f"no --config; give an experiment, such as one of {', '.join(bundled())}.")
+  config.lock()
+  for key, value in overrides.items():
+    set_key(config, key, value)
+  for name, key in KEYS.items():
+    value = get_key(config, name)
+    if key.is_path and names_run(value):
+      set_key(config, name, files.absolute(value))
+  check(config)
+  return config
+
+
+def read(name_or_path: str) -> ml_collections.ConfigDict:
+  """Returns the unlocked config of an experiment: a bundled one by name, or a Python file; a variant after a colon.
+
+  Experiments that build on others call it too.
+  """
+  name, _, variant = name_or_path.partition(":")
+  path, known = pathlib.Path(name).expanduser(), bundled()
+  if not path.is_file():
+    # Bundled experiments go by name, and by the path that they have in a checkout.
+    stem = path.stem if path.suffix in ("", ".py") and str(path.parent) in (".", "configs") else ""
+    if stem not in known:
+      beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() and path.suffix else []
+      names = [*known, *beside]
+      raise errors.UserError(
+        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names)}; bundled are "
+        f"{', '.join(known)}" + (f", and {path.parent} has {', '.join(beside)}." if beside else ".")
+      )
+    path = known[stem]
+  spec = importlib.util.spec_from_file_location("experiment", path)
+  if spec is None:
+    raise errors.UserError(f"config {name} is not a Python file; see configs/cifar10.py for the form.")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    takes_variant = bool(inspect.signature(module.get_config).parameters)
+    if variant and not takes_variant:
+      raise errors.UserError(f"config {name} has no variants, got {variant!r}; leave the colon out.")
+    config = module.get_config(variant) if variant else module.get_config()
+  except errors.UserError:
+    raise
+  except Exception as error:
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{line.filename}:{line.lineno}"
+    moved = isinstance(error, ImportError) and (error.name or "").startswith("configs")
+    hint = " Since 0.2 the defaults are `from simclr_jax import config; c = config.defaults()`." if moved else ""
+    raise errors.UserError(f"config {name} cannot be read: {type(error).__name__}: {error} ({where}).{hint}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.UserError(f"config {name}: get_config() gave a {type(config).__name__}, wanted a ConfigDict.")
+  return config
+
+
+def names_run(path: str) -> bool:
+  """Returns whether the value of a path key names something on disk: it is neither "" nor `random`."""
+  return path not in ("", RANDOM)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises a UserError for the first value that is not among its key's choices."""
+  for name, key in KEYS.items():
+    value = get_key(config, name)
+    if key.choices and value not in key.choices:
+      near = errors.nearest(value, key.choices)
+      raise errors.UserError(f"config.{name} is {value!r}{near}; use {', '.join(key.choices)}.")
+
+
+def bundled() -> dict[str, pathlib.Path]:
+  """Returns the experiments that come with the package: name -> Python file, sorted."""
+  package = pathlib.Path(__file__).parent
+  # In a wheel they are inside of the package, in a checkout beside it.
+  folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+  return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def summary(path: pathlib.Path) -> str:
+  """Returns the first line of an experiment's docstring."""
+  return path.read_text().partition('"""')[2].partition("\n")[0].strip().removesuffix('"""')
+
+
+def completed(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns a stored config with the defaults of keys that are younger than it."""
+  config = defaults()
+  # Before this key existed, all of the augmentation was the host's.
+  config.augment.place = "host"
+  config.update(saved)
+  return config
+
+
+def described(config: ml_collections.ConfigDict) -> str:
+  """Returns every key, its value and meaning, a line each; a star marks what differs from the defaults."""
+  rows = [(name, get_key(config, name), key) for name, key in KEYS.items()]
+  width = max(len(f"{name} = {value!r}") for name, value, _ in rows if len(repr(value)) < 30)
+  return "\n".join(
+    f"{' ' if value == key.default else '*'} {f'{name} = {value!r}':<{width}}  # {key.meaning}"
+    + (f" (default: {key.default!r})" if value != key.default else "")
+    for name, value, key in rows
+  )
+
+
+def get_key(config: ml_collections.ConfigDict, name: str) -> Value:
+  """Returns the value of a dotted key."""
+  for part in name.split("."):
+    config = config[part]
+  return config
+
+
+def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+  """Sets a dotted key; text is converted to the key's type.
+
+  Raises:
+    UserError: there is no such key, or the value is not of its type.
+  """
+  known = flat(config.to_dict())
+  if name not in known:
+    first = next((key for key in known if key.startswith(f"{name}.")), None)
+    if first:
+      raise errors.UserError(f"config.{name} is a section; set one of its keys, such as config.{first}.")
+    raise errors.UserError(
+      f"unknown config key {name!r}{_nearest_key(name, known)}; `simclr-jax config` lists all keys."
+    )
+  section, _, leaf = name.rpartition(".")
+  holder = get_key(config, section) if section else config
+  holder[leaf] = _converted(name, known[name], value)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {"a.b": value} of {"a": {"b": value}}."""
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      out.update(flat(value, f"{prefix}{key}."))
+    else:
+      out[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return out
+
+
+# Keys that may change when a run continues.
+FREE = tuple(name for name, key in KEYS.items() if key.is_free)
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
+  """Returns the first dotted key in which two runs' plain configs differ, or "".
+
+  Args:
+    ours: of the run that is asked for.
+    theirs: a stored one, which may lack younger keys.
+    free: keys that may differ.
+  """
+  ours, theirs = flat(ours), flat(completed(theirs).to_dict())
+  differing = (n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n) and n not in free)
+  return next(differing, "")
+
+
+def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ...] = FREE) -> None:
+  """Writes `workdir/config.json`, or checks that it already holds this very run.
+
+  Args:
+    workdir: the run's folder; made if missing.
+    config: plain nested dict.
+    job: name of the job, part of the identity.
+    free: keys that may change between restarts of one run.
+
+  Raises:
+    UserError: the folder holds another run; names the first key that differs.
+  """
+  path = epath.Path(workdir) / "config.json"
+  if path.exists():
+    stored = json.loads(path.read_text())
+    theirs = {"job": stored["job"], **stored["config"]}
+    name = difference({"job": job, **config}, theirs, free)
+    if name:
+      was, now = (flat(tree).get(name) for tree in (theirs, {"job": job, **config}))
+      raise errors.UserError(
+        f"workdir {workdir} holds another run: {name} was {was!r}, now is {now!r}; "
+        "choose another --workdir or repeat that run's command."
+      )
+  if jax.process_index() == 0:
+    files.write_json(path, {"job": job, "version": __version__, "config": config})
+
+
+def _nearest_key(name: str, known: Mapping[str, Any]) -> str:
+  # Who leaves the section out means the key of that name.
+  same_leaf = [f'"{key}"' for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+  return f"; did you mean {' or '.join(same_leaf)}?" if same_leaf else errors.nearest(name, known)
+
+
+def _converted(name: str, present: Value, value: Any) -> Value:
+  """Returns a value, or its text, in the type of the present one."""
+  kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+  kind = type(present)
+  try:
+    if isinstance(value, str) and kind is bool:
+      return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+    if isinstance(value, str) or kind is float and isinstance(value, int) and not isinstance(value, bool):
+      return kind(value)
+  except (KeyError, ValueError):
+    pass
+  else:
+    if type(value) is kind:
+      return value
+  raise errors.UserError(f"config.{name} is {kinds.get(kind, kind.__name__)} (now {present!r}), got {value!r}.")

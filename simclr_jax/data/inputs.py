@@ -1,0 +1,333 @@
+"""Batches on their way into a compiled step: fed by the host, or taken from a data set that is on the devices."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax import errors
+from simclr_jax.data import composition, device_augment, order, prefetch, resident, source
+from simclr_jax.data import distortion as distortions
+from simclr_jax.hardware import sharding
+
+Batch = dict[str, jax.Array]
+Rows = dict[str, np.ndarray]
+Prepare = Callable[[Batch], Batch]
+
+
+def jit_step(step_fn: Callable, mesh: jax.sharding.Mesh, state: Any, *constants: Any) -> Callable:
+  """Returns the jitted (state, batch, *constants) -> (state, metrics): one program for all devices, the state donated.
+
+  Args:
+    step_fn: the step.
+    mesh: the devices that share the batch.
+    state: arrays or shapes, placed as the step's state is to stay.
+    *constants: trees of placed arrays that no step changes.
+  """
+  placement, *others = (jax.tree.map(lambda array: array.sharding, tree) for tree in (state, *constants))
+  return jax.jit(
+    step_fn,
+    in_shardings=(placement, sharding.batched(mesh), *others),
+    out_shardings=(placement, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """Batches that the host makes; each waits on the devices before it is due.
+
+  Attributes:
+    mesh: the devices.
+    prepare: batch, or any of its rows -> the same with what the network sees, `views` or `image`: the device's part of
+      the augmentation, which belongs into the step.
+    batches: first step -> this process's rows of the batch of each step from then on, as NumPy.
+  """
+
+  mesh: jax.sharding.Mesh
+  prepare: Prepare
+  batches: Callable[[int], Iterator[Rows]]
+  steps_per_dispatch: ClassVar[int] = 1
+
+  def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
+    """Returns the jitted step; its arguments after the state are those that `feeding` gives. See `jit_step`."""
+    return jit_step(step_fn, self.mesh, state, *constants)
+
+  @contextlib.contextmanager
+  def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
+    """Yields (steps of the next dispatch) -> its arguments, from step `done` on."""
+    with contextlib.closing(prefetch.to_devices(self.batches(done), self.mesh)) as batches:
+      yield lambda count: (next(batches), *constants)
+
+  def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
+    """Returns a function whose call yields `rows` evenly spaced rows of each of the first `count` global batches."""
+
+    @functools.cache
+    def held():
+      # Kept in the host's memory, as it was read: device memory is scarce. Evenly spaced rows of every process's own
+      # rows are evenly spaced rows of the global batch.
+      batches, own = iter(self.batches(0)), rows // jax.process_count()
+      return [_spread(next(batches), own) for _ in range(count)]
+
+    return lambda: (sharding.global_batch(self.mesh, batch) for batch in held())
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+  """Batches that the step takes from a data set on the devices, several steps in one dispatch; else as `Streamed`.
+
+  Attributes:
+    dataset: tree of arrays on the devices.
+    batch_of: (dataset, step i32[]) -> global batch.
+    steps_per_dispatch: at most so many.
+  """
+
+  mesh: jax.sharding.Mesh
+  prepare: Prepare
+  dataset: Any
+  batch_of: Callable[[Any, jax.Array], Batch]
+  steps_per_dispatch: int
+
+  def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
+    """Returns the jitted (state, dataset, count i32[], *constants) -> (state, metrics f[steps_per_dispatch])."""
+    replicated = sharding.replicated(self.mesh)
+    placement, *others = (jax.tree.map(lambda array: array.sharding, tree) for tree in (state, *constants))
+    return jax.jit(
+      several_steps(step_fn, self.batch_of, self.steps_per_dispatch),
+      in_shardings=(placement, replicated, replicated, *others),
+      out_shardings=(placement, replicated),
+      donate_argnums=0,
+    )
+
+  @contextlib.contextmanager
+  def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
+    """Yields (steps of the next dispatch) -> its arguments."""
+    place = lambda count: jax.device_put(np.int32(count), sharding.replicated(self.mesh))
+    yield lambda count: (self.dataset, place(count), *constants)
+
+  def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
+    """Returns what `Streamed.first_batches` does."""
+    batch_of = lambda dataset, step: _spread(self.batch_of(dataset, step), rows)
+    batch_of = jax.jit(batch_of, out_shardings=sharding.batched(self.mesh))
+    return lambda: (batch_of(self.dataset, np.int32(step)) for step in range(count))
+
+
+Input = Streamed | Resident
+
+
+def several_steps(step_fn: Callable, batch_of: Callable, most: int) -> Callable:
+  """Returns (state, dataset, count, *constants) -> (state, metrics f[most]): `count` steps in one program, not jitted.
+
+  One program for any count, so that the same steps give the same bits however they are dispatched, and nothing is
+  compiled again where an evaluation or a checkpoint comes between.
+
+  Args:
+    step_fn: (state, batch, *constants) -> (state, metrics).
+    batch_of: (dataset, step i32[]) -> batch.
+    most: the largest count.
+  """
+
+  def run(state, dataset, count, *constants):
+    one = lambda state: step_fn(state, batch_of(dataset, state.step), *constants)
+    rows = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
+
+    def body(number, carry):
+      state, rows = carry
+      state, metrics = one(state)
+      return state, jax.tree.map(lambda row, x: row.at[number].set(x), rows, metrics)
+
+    return jax.lax.fori_loop(0, count, body, (state, rows))
+
+  return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the training images are ordered, augmented and fed.
+
+  Attributes:
+    order: of the examples.
+    place: `device`: the host crops, colours and blur are part of the step; `host`: everything in tf.data.
+    resident: whether the images are on the devices.
+    steps_per_dispatch: of resident images.
+    dtype: of the device's part of the augmentation.
+    batch_key: the config's name of the batch size, for messages.
+  """
+
+  order: order.Order
+  place: str = "device"
+  resident: bool = False
+  steps_per_dispatch: int = 1
+  dtype: Any = jnp.float32
+  batch_key: str = "batch_size"
+
+
+def pairs(
+  images: source.Source, distortion: distortions.Distortion, plan: Plan, mesh: jax.sharding.Mesh, *, compose: str = ""
+) -> Input:
+  """Returns two augmented views of each image for pretraining.
+
+  Args:
+    images: the training split.
+    distortion: of the views.
+    plan: how they are ordered and fed.
+    mesh: the devices.
+    compose: operations of `composition`, which take the place of the distortion's colours and blur.
+  """
+  transform, prepare = pair_augmentation(distortion, plan, compose)
+  found = _input(images, plan, mesh, transform, prepare)
+  if not plan.resident or not compose:
+    return found
+  operations = jax.device_put(composition.codes(compose), sharding.replicated(mesh))
+  return dataclasses.replace(
+    found, dataset={**found.dataset, "operations": operations}, batch_of=_composed(found.batch_of)
+  )
+
+
+def singles(images: source.Source, distortion: distortions.Distortion, plan: Plan, mesh: jax.sharding.Mesh) -> Input:
+  """Returns one random crop, mirrored or not, of each image, as supervised training sees it; arguments as `pairs`."""
+  transform, prepare = _single_on_host(distortion, plan.place), lambda batch: batch
+  if plan.resident:
+    view = lambda batch: device_augment.train_view(batch["image"], _keys(plan, batch), distortion)
+    transform, prepare = None, lambda batch: {**batch, "image": view(batch)}
+  return _input(images, plan, mesh, transform, prepare)
+
+
+def pair_augmentation(
+  distortion: distortions.Distortion, plan: Plan, compose: str = ""
+) -> tuple[Callable | None, Prepare]:
+  """Returns the host's transform of an image (None where images are resident), and the step's part of a batch."""
+  if compose:
+    return _composition(distortion, plan, compose)
+  keys = functools.partial(_keys, plan)
+  if plan.resident:
+    views = lambda batch: device_augment.two_views(batch["image"], keys(batch), distortion, dtype=plan.dtype)
+    return None, lambda batch: {**batch, "views": views(batch)}
+  if plan.place == "host":
+    return lambda x, seed: {"views": _host().two_views(x, seed, distortion)}, lambda batch: batch
+  views = lambda batch: device_augment.distorted_pairs(batch["views"], keys(batch), distortion, dtype=plan.dtype)
+  crops = lambda content, seed: {"views": _host().two_crops(content, seed, distortion)}
+  return crops, lambda batch: {**batch, "views": views(batch)}
+
+
+def evaluation(
+  images: source.Source, size: int, *, batch_size: int, is_resident: bool, shared: bool = True
+) -> Callable[[], Iterator[Rows]]:
+  """Returns a function whose call starts one pass over a split with the evaluation's centre crop.
+
+  Args:
+    images: the split.
+    size: of the crop in pixels.
+    batch_size: of all processes.
+    is_resident: whether the images are decoded in memory.
+    shared: whether the processes go through the split together, each with its part; else each by itself.
+  """
+  process = _process() if shared else order.Process(0, 1)
+  batch_size = batch_size if shared else batch_size // jax.process_count()
+  if is_resident:
+    return lambda: resident.evaluation_batches(images, image_size=size, batch_size=batch_size, process=process)
+  view = lambda content, seed: {"image": _host().eval_view(content, size=size)}
+  return lambda: _pipeline().evaluation_batches(images, view, batch_size=batch_size, process=process)
+
+
+def augmented_pass(
+  images: source.Source, distortion: distortions.Distortion, plan: Plan, number: int
+) -> Iterator[Rows]:
+  """Returns one pass over a split like `evaluation`, but randomly cropped and mirrored, anew for each number."""
+  knobs = {"batch_size": plan.order.batch_size, "process": _process()}
+  if plan.resident:
+    view = lambda images, keys: device_augment.train_view(images, keys, distortion)
+    return resident.augmented_batches(images, view, seed=plan.order.seed, epoch=number, **knobs)
+  # Every pass has a seed of its own: an evaluation is always epoch 0.
+  transform = _single_on_host(distortion, plan.place)
+  return _pipeline().evaluation_batches(images, transform, seed=plan.order.seed + number, **knobs)
+
+
+def transfer_pass(images: source.Source, size: int, *, batch_size: int) -> Iterator[Rows]:
+  """Returns one pass over a split with the crop of the transfer protocol (v1 appendix B.8)."""
+  view = lambda content, seed: {"image": _host().transfer_view(content, size=size)}
+  return _pipeline().evaluation_batches(images, view, batch_size=batch_size, process=_process())
+
+
+def _input(images, plan, mesh, transform, prepare) -> Input:
+  batch_size = plan.order.batch_size
+  if images.num_examples < batch_size:
+    raise errors.UserError(
+      f"{images.num_examples} training images cannot fill a batch of config.{plan.batch_key} = {batch_size}; choose a "
+      "smaller one."
+    )
+  plan.order.check(images, jax.process_count())
+  if plan.resident:
+    batch_of = functools.partial(resident.batch, order=plan.order, mesh=mesh)
+    return Resident(mesh, prepare, resident.on_devices(images, mesh), batch_of, plan.steps_per_dispatch)
+  batches = lambda step: _pipeline().train_batches(images, transform, plan.order, start_step=step, process=_process())
+  return Streamed(mesh, prepare, batches)
+
+
+def _composed(plain):
+  """Returns a `batch_of` with the operations of the dataset in each row."""
+
+  def batch_of(dataset, step):
+    rows = plain(dataset, step)
+    operations = jnp.broadcast_to(dataset["operations"][None], (len(rows["index"]), len(dataset["operations"])))
+    return {**rows, "operations": operations}
+
+  return batch_of
+
+
+def _composition(distortion, plan, compose):
+  """Returns `pair_augmentation` where the second view goes through the operations that `compose` names."""
+  operations = composition.codes(compose)
+  if plan.place != "device":
+    raise errors.UserError(
+      f"config.augment.compose is done on the devices, config.augment.place is {plan.place!r}; set it to device."
+    )
+  keys, plain = functools.partial(_keys, plan), dataclasses.replace(distortion, flip=False)
+  if plan.resident:
+    # The operations are data of the step, not part of its program, so that the cells of a study share what is
+    # compiled. All rows hold the same ones.
+    views = lambda batch: composition.pairs_of_images(
+      batch["image"], keys(batch), batch["operations"][0], plain, dtype=plan.dtype
+    )
+    return None, lambda batch: {**batch, "views": views(batch)}
+  views = lambda batch: composition.pairs_of_crops(batch["image"], keys(batch), operations, plain, dtype=plan.dtype)
+  transform = lambda content, seed: {"image": _host().train_crop(content, seed, plain)}
+  return transform, lambda batch: {**batch, "views": views(batch)}
+
+
+def _single_on_host(distortion, place):
+  """Returns the host's transform to one crop."""
+  if place == "host":
+    return lambda content, seed: {"image": _host().train_view(content, seed, distortion)}
+  return lambda content, seed: {"image": _host().train_crop(content, seed, distortion)}
+
+
+def _keys(plan, batch):
+  return device_augment.example_keys(plan.order.seed, batch["epoch"], batch["index"])
+
+
+def _spread(batch, rows):
+  """Returns evenly spaced rows of a batch: the first ones would come from the first shards of the data alone."""
+  return jax.tree.map(lambda x: x[np.arange(rows) * len(x) // rows], batch)
+
+
+def _host():
+  # Imported late: it brings TensorFlow, which a resident run must do without.
+  from simclr_jax.data import host_augment
+
+  return host_augment
+
+
+def _pipeline():
+  from simclr_jax.data import pipeline
+
+  return pipeline
+
+
+def _process():
+  return order.Process(jax.process_index(), jax.process_count())

@@ -1,0 +1,203 @@
+"""Selection of linear classifiers: the best setting by held-back images, trained again on all, counted once on test.
+
+The warnings of searches that did not converge go to the log of this module.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from simclr_jax.evaluation import probes
+from simclr_jax.evaluation.features import Features
+
+log = logging.getLogger(__name__)
+
+Rows = tuple[np.ndarray, np.ndarray]  # Row numbers to train on, and to choose by; see `probes.held_back`.
+
+
+@dataclasses.dataclass(frozen=True)
+class GridChoice:
+  """The classifier of a `probes.Grid` that was chosen.
+
+  Attributes:
+    learning_rate, weight_decay: of the cell with the highest validation accuracy; of equal ones the first.
+    top1, top5: test accuracies of this cell, trained on all rows.
+    validation_top1: f64[L, W], of every cell.
+  """
+
+  learning_rate: float
+  weight_decay: float
+  top1: float
+  top5: float
+  validation_top1: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PathChoice:
+  """The logistic regression of a `probes.L2Path` that was chosen.
+
+  Attributes:
+    l2_strength: with the highest validation accuracy; of equal ones the first.
+    top1, top5: test accuracies with this strength, trained on all rows.
+    validation_top1: f64[S], of every strength.
+  """
+
+  l2_strength: float
+  top1: float
+  top5: float
+  validation_top1: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+  """The logistic regression that the transfer protocol chose.
+
+  Attributes:
+    value: score on the test split, trained on the training and validation splits.
+    l2: strength with the highest score on the validation split; of equal ones the strongest.
+    validation: score on the validation split of every strength.
+  """
+
+  value: float
+  l2: float
+  validation: list[float]
+
+
+def choose_from_grid(
+  train: Features,
+  rows: Rows,
+  test: Features,
+  grid: probes.Grid,
+  *,
+  classes: int,
+  seed: int,
+  mesh: jax.sharding.Mesh | None = None,
+) -> GridChoice:
+  """Returns the cell of a grid that is best on held-back images, and its accuracies on the test split.
+
+  Args:
+    train: x f[P, N, D], the features of the training images in P passes (the first one undistorted), and label i32[N].
+    rows: the images to train on and those to choose by, whose first pass counts.
+    test: the test split.
+    grid: learning rates, weight decays and how to train.
+    classes: number of labels.
+    seed: of the order of the rows.
+    mesh: the devices that share the work; None for one device.
+  """
+  x, y = train
+  fitted, chosen_by = rows
+  options = {"classes": classes, "seed": seed, "mesh": mesh}
+  trained = probes.train_grid(*_flat(x[:, fitted], y[fitted]), grid, **options)
+  table = probes.accuracies(trained, x[0, chosen_by], y[chosen_by], mesh=mesh)["top1"]
+  row, column = np.unravel_index(np.argmax(table), table.shape)
+  rate, decay = grid.learning_rates[row], grid.weight_decays[column]
+  cell = dataclasses.replace(grid, learning_rates=[rate], weight_decays=[decay])
+  again = probes.train_grid(*_flat(x, y), cell, **options)
+  counted = {name: float(value[0, 0]) for name, value in probes.accuracies(again, *test, mesh=mesh).items()}
+  return GridChoice(rate, decay, **counted, validation_top1=table)
+
+
+def choose_from_path(
+  train: Features,
+  rows: Rows,
+  test: Features,
+  path: probes.L2Path,
+  *,
+  classes: int,
+  mesh: jax.sharding.Mesh | None = None,
+) -> PathChoice:
+  """Returns the L2 strength that is best on held-back images, and its accuracies on the test split.
+
+  Features are standardised by those that the regression is trained on.
+
+  Args:
+    train: x f[P, N, D], the features of the training images in P passes (the first one undistorted), and label i32[N].
+    rows: the images to train on and those to choose by, whose first pass counts.
+    test: the test split.
+    path: the strengths, and when a search stops.
+    classes: number of labels.
+    mesh: the devices that share the work; None for one device.
+  """
+  x, y = train
+  fitted, chosen_by = rows
+
+  def fit(train, other, path):
+    train_x, other_x = probes.standardise(train[0], other[0])
+    trained, ended = probes.logistic_regression(train_x, train[1], path, classes=classes, mesh=mesh)
+    for strength, steps, gradient in zip(path.l2_strengths, ended["steps"], ended["gradient"], strict=True):
+      if not gradient <= path.tolerance:
+        log.warning(
+          "logistic regression, L2 strength %g: stopped after %d steps with gradient %.2g, above tolerance %g.",
+          *(strength, steps, gradient, path.tolerance),
+        )
+    return probes.accuracies(trained, other_x, other[1], mesh=mesh)
+
+  by_strength = fit(_flat(x[:, fitted], y[fitted]), (x[0, chosen_by], y[chosen_by]), path)["top1"]
+  strength = path.l2_strengths[int(np.argmax(by_strength))]
+  counted = fit(_flat(x, y), test, dataclasses.replace(path, l2_strengths=[strength]))
+  return PathChoice(strength, **{name: float(value[0]) for name, value in counted.items()}, validation_top1=by_strength)
+
+
+def split_off(features: Features, share: float, seed: int) -> tuple[Features, Features]:
+  """Returns (train, validation) features, a random `share` of the rows in the second part; see `probes.held_back`."""
+  x, y = features
+  train, validation = (Features(x[rows], y[rows]) for rows in probes.held_back(len(x), share, seed))
+  return train, validation
+
+
+def best_regression(
+  name: str,
+  train: Features,
+  validation: Features,
+  test: Features,
+  path: probes.L2Path,
+  *,
+  score: Callable[[np.ndarray, np.ndarray], float],
+  classes: int,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Regression:
+  """Returns the logistic regression of the transfer protocol; Chen et al. 2020, appendix B.8.
+
+  Args:
+    name: of the data set, for warnings.
+    train: (f[N, D], i32[N] or i32[N, K]).
+    validation: chooses the strength; then trained on, too.
+    test: counted once.
+    path: ascending strengths for the sum, not the mean, of the losses over the images; and when a search stops.
+    score: (logits f[M, K], labels) -> float, such as `scores.top1`.
+    classes: K.
+    mesh: the devices that share the work; None for one device.
+  """
+
+  def scored(train, held_out, strengths):
+    (train_x, other_x), scale = probes.precondition(train.x, held_out.x)
+    # `logistic_regression` takes strengths for the mean of the losses, here in coordinates divided by `scale`.
+    of_mean = dataclasses.replace(path, l2_strengths=[strength / (len(train_x) * scale**2) for strength in strengths])
+    trained, ended = probes.logistic_regression(train_x, train.label, of_mean, classes=classes, mesh=mesh)
+    _warn(name, ended, path.tolerance)
+    return [score(logits, held_out.label) for logits in probes.logits(trained, other_x, mesh=mesh)]
+
+  train, validation, test = (Features(*split) for split in (train, validation, test))
+  by_strength = scored(train, validation, path.l2_strengths)
+  best = len(by_strength) - 1 - int(np.argmax(by_strength[::-1]))
+  both = Features(*(np.concatenate(arrays) for arrays in zip(train, validation, strict=True)))
+  (value,) = scored(both, test, [path.l2_strengths[best]])
+  return Regression(value, float(path.l2_strengths[best]), by_strength)
+
+
+def _warn(name, ended, tolerance):
+  """Logs how many searches did not converge."""
+  far = ~(ended["gradient"] <= tolerance)
+  if np.any(far):
+    log.warning(
+      "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
+      *(name, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), tolerance),
+    )
+
+
+def _flat(x, y):
+  """Returns (f[P * N, D], i32[P * N]) of P passes over N images."""
+  return x.reshape(-1, x.shape[-1]), np.tile(y, len(x))

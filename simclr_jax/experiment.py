@@ -1,0 +1,352 @@
+"""From a config to the parts of a run, each made once: images, input, model, optimizer, mesh, checkpoints.
+
+Jobs ask an `Experiment`. Nothing below this module sees a ConfigDict.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from etils import epath
+
+from simclr_jax import config as config_lib
+from simclr_jax import errors, network, optim
+from simclr_jax.data import inputs, order, source, sources, subset
+from simclr_jax.data.distortion import Distortion
+from simclr_jax.hardware import sharding
+from simclr_jax.losses import negatives
+from simclr_jax.models import encoders, simclr
+from simclr_jax.training import checkpoint, loop, objectives, step
+from simclr_jax.training import state as state_lib
+
+# Jobs that train a classifier by a recipe of their own, a section of the config.
+RECIPES = ("linear_eval", "finetune", "distill")
+
+
+class Optimizer(NamedTuple):
+  """An optimizer, its schedule (step -> learning rate) and the steps of the run."""
+
+  tx: optax.GradientTransformation
+  schedule: optim.Schedule
+  total_steps: int
+
+
+class Experiment:
+  """One run of a job.
+
+  Attributes:
+    config: the run's.
+    job: its name.
+    workdir: its folder; "" for none.
+    network: encoder and heads.
+    recipe: the section that has batch size, length and optimizer: the whole config for pretrain and for jobs without.
+    mesh: the devices, once the batch sizes are known to fit them.
+  """
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, job: str, workdir: str = "", *, devices: list[jax.Device] | None = None
+  ):
+    """Checks the config against the devices (default: all), before anything is compiled."""
+    self.config, self.job, self.workdir = config, job, workdir
+    self.network = network.Network(config)
+    self._section = f"{job}." if job in RECIPES else ""
+    self.recipe = config[job] if job in RECIPES else config
+    config_lib.check(config)
+    self.mesh = sharding.data_mesh(devices)
+    sizes = [("eval_batch_size", config.eval_batch_size, 1)]
+    if self._section or job in ("pretrain", "plan"):
+      sizes.insert(0, (f"{self._section}batch_size", self.recipe.batch_size, self.recipe.micro_batches))
+    for key, size, parts in sizes:
+      sharding.check_divisible(size, self.mesh, micro_batches=parts, name=f"config.{key}")
+    self._distortion(config.augment.min_area)
+
+  @property
+  def is_sharded(self) -> bool:
+    """Whether parameters and optimizer state are split over the devices."""
+    return self.config.sharding.parameters == "sharded"
+
+  @property
+  def gather_params(self) -> Callable[[Any], Any]:
+    """The function that all-gathers sharded parameters before the network uses them."""
+    return sharding.gather_params(self.mesh) if self.is_sharded else objectives.as_it_is
+
+  @property
+  def hardware(self) -> str:
+    """The devices, for the log."""
+    kind, processes = self.mesh.devices.flat[0].device_kind, jax.process_count()
+    return f"{self.mesh.size} x {kind}, {processes} process{'es' * (processes > 1)}"
+
+  # The images.
+
+  def images_of(self, split: str) -> source.Source:
+    """Returns the examples of one split, decoded in memory where they are resident."""
+    data = self.config.data
+    if data.resident and self.config.augment.place != "device":
+      raise errors.UserError(
+        "config.data.resident augments on the devices, config.augment.place is 'host'; set it to device."
+      )
+    if not data.resident:
+      sources.check_tensorflow(data.source)
+    request = source.Request(
+      split,
+      name=data.name,
+      data_dir=data.dir,
+      image_size=data.image_size,
+      cache=data.cache,
+      max_bad_share=data.max_bad_share,
+      num_examples=data.examples,
+      seed=self.config.seed,
+    )
+    images = sources.load(data.source, request)
+    return images.decoded() if data.resident else images
+
+  @functools.cached_property
+  def train(self) -> source.Source:
+    """The whole training split."""
+    return self.images_of(self.config.data.train_split)
+
+  @functools.cached_property
+  def held_out(self) -> source.Source:
+    """The split that the job counts on."""
+    if not self.config.data.eval_split:
+      raise errors.UserError(
+        f"{self.job} counts on held-out images; set --config.data.eval_split, for example to test."
+      )
+    return self.images_of(self.config.data.eval_split)
+
+  @functools.cached_property
+  def labelled(self) -> source.Source:
+    """The part of the training split whose labels `config.labels` gives away."""
+    if not self.train.num_classes:
+      data = self.config.data
+      raise errors.UserError(f"{self.job} needs labels; {data.source} {data.name or data.dir} has none.")
+    rows = self.labelled_rows(self.train)
+    return self.train if len(rows) == self.train.num_examples else self.train.take(rows)
+
+  def labelled_rows(self, images: source.Source) -> np.ndarray:
+    """Returns the sorted row numbers of the examples whose labels `config.labels` gives away."""
+    keys = self.config.labels
+    if not 0 < keys.fraction <= 1:
+      raise errors.UserError(
+        f"config.labels.fraction is {keys.fraction}; use a share above 0, at most 1, such as 0.01."
+      )
+    if keys.ids:
+      if keys.fraction != 1:
+        raise errors.UserError("config.labels has a list of ids and a fraction; use one of them.")
+      return subset.listed(images.names(), keys.ids)
+    if keys.fraction == 1:
+      return np.arange(images.num_examples)
+    if not 0 <= keys.seed < 2**31:
+      raise errors.UserError(f"config.labels.seed is {keys.seed}; use one from 0 to {2**31 - 1}.")
+    return subset.balanced(images.labels(), keys.fraction, keys.seed)
+
+  # The input.
+
+  def rows(self, images: source.Source, *, shared: bool = True) -> Callable[[], Iterator[inputs.Rows]]:
+    """Returns a function whose call starts one pass over a split with the evaluation crop; see `inputs.evaluation`."""
+    keys = {"batch_size": self.config.eval_batch_size, "is_resident": self.config.data.resident, "shared": shared}
+    return inputs.evaluation(images, self.config.data.image_size, **keys)
+
+  def augmented_rows(self, images: source.Source, number: int) -> Iterator[inputs.Rows]:
+    """Returns one pass over a split like `rows`, but randomly cropped and mirrored, anew for each number."""
+    distortion = self._distortion(self.config.linear_eval.min_area, 1.0)
+    return inputs.augmented_pass(images, distortion, self._plan(self.config.eval_batch_size), number)
+
+  def pairs(self, images: source.Source) -> inputs.Input:
+    """Returns the input of pretraining: two augmented views of each image."""
+    distortion = self._distortion(self.config.augment.min_area)
+    return inputs.pairs(images, distortion, self._plan(), self.mesh, compose=self.config.augment.compose)
+
+  @property
+  def prepare_pairs(self) -> inputs.Prepare:
+    """The step's part of the augmentation, where there are no images at hand."""
+    distortion = self._distortion(self.config.augment.min_area)
+    return inputs.pair_augmentation(distortion, self._plan(), self.config.augment.compose)[1]
+
+  def singles(self, images: source.Source) -> inputs.Input:
+    """Returns the input of supervised training: one random crop of each image."""
+    return inputs.singles(images, self._distortion(self.recipe.min_area, 1.0), self._plan(), self.mesh)
+
+  def _plan(self, batch_size: int = 0) -> inputs.Plan:
+    data = self.config.data
+    if data.resident and data.steps_per_dispatch < 1:
+      raise errors.UserError(f"config.data.steps_per_dispatch is {data.steps_per_dispatch}; use 1 or more.")
+    return inputs.Plan(
+      order.Order(batch_size or self.recipe.batch_size, data.shards, self.config.seed, data.shuffle_window),
+      place=self.config.augment.place,
+      resident=data.resident,
+      steps_per_dispatch=data.steps_per_dispatch,
+      dtype=encoders.DTYPES[self.config.augment.dtype],
+      batch_key=f"{self._section}batch_size",
+    )
+
+  def _distortion(self, min_area: float, max_area: float = 0.0) -> Distortion:
+    keys = self.config.augment
+    colors = ("color_strength", "brightness", "color_probability", "grayscale_probability", "blur_probability")
+    return Distortion(
+      self.config.data.image_size,
+      min_area=min_area,
+      max_area=max_area or keys.max_area,
+      flip=keys.flip,
+      resize=keys.resize,
+      **{name: keys[name] for name in colors},
+    )
+
+  # The training.
+
+  def optimizer(self, examples: int) -> Optimizer:
+    """Returns the optimizer of the recipe for so many training images."""
+    keys, recipe = self.recipe.optimizer, self.recipe
+    steps = recipe.get("total_steps", 0) or optim.total_steps(examples, recipe.total_epochs, recipe.batch_size)
+    schedule = optim.schedule(
+      base_learning_rate=keys.base_learning_rate,
+      batch_size=recipe.batch_size,
+      scaling=keys.scaling,
+      warmup_steps=optim.warmup_steps(examples, keys.warmup_epochs, recipe.batch_size),
+      total_steps=steps,
+    )
+    if keys.name == "lars":
+      decay, trust = keys.weight_decay, keys.trust_coefficient
+      tx = optim.lars(schedule, weight_decay=decay, momentum=keys.momentum, trust_coefficient=trust)
+    elif keys.name == "momentum":
+      tx = optim.momentum(schedule, momentum=keys.momentum)
+    else:
+      tx = optim.adam(schedule)
+    return Optimizer(tx, schedule, steps)
+
+  @property
+  def decay(self) -> objectives.Decay:
+    """The L2 term of the loss."""
+    return objectives.Decay(self.recipe.optimizer.weight_decay, self.recipe.optimizer.name)
+
+  def contrastive(self, model: simclr.SimCLR, prepare: inputs.Prepare) -> objectives.Contrastive:
+    """Returns what `config.loss` makes of a batch."""
+    keys, memory = self.config.loss, self.config.memory
+    negatives.check(memory.size, memory.decay, batch_size=self.config.batch_size, kind=keys.kind)
+    return objectives.Contrastive(
+      model,
+      self.decay,
+      prepare,
+      kind=keys.kind,
+      temperature=keys.temperature,
+      normalize=keys.normalize,
+      scale=keys.scale,
+      margin=keys.margin,
+      queue_decay=memory.decay,
+      mesh=self.mesh,
+    )
+
+  def step(self, objective: objectives.Objective, optimizer: Optimizer) -> Callable:
+    """Returns `train_step` as (state, batch, *constants) -> (state, metrics), not jitted yet."""
+    placement = objectives.Placement(self.mesh, self.recipe.micro_batches, self.gather_params)
+    keys = {"tx": optimizer.tx, "schedule": optimizer.schedule, "placement": placement}
+    return functools.partial(step.train_step, objective=objective, **keys)
+
+  def abstract_state(self, model: simclr.SimCLR, tx: optax.GradientTransformation) -> state_lib.TrainState:
+    """Returns shapes, dtypes and placements of the state of pretraining before the first step."""
+    state = state_lib.abstract(model, self.config.data.image_size, tx, self.mesh, sharded=self.is_sharded)
+    return self._with_queue(model, state, negatives.shapes)
+
+  def state(self, model: simclr.SimCLR, tx: optax.GradientTransformation) -> state_lib.TrainState:
+    """Returns the state of pretraining before the first step."""
+    return self._with_queue(model, state_lib.create(*self.variables(model), tx), negatives.create)
+
+  def variables(self, model: Any) -> tuple[Any, Any]:
+    """Returns (params, batch_stats) of a network at initialisation, placed."""
+    size = self.config.data.image_size
+    return state_lib.variables(model, size, self.config.seed, self.mesh, sharded=self.is_sharded)
+
+  def _with_queue(self, model, state, make):
+    if not self.config.memory.size:
+      return state
+    size = self.config.data.image_size
+    views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    embedding = jax.eval_shape(lambda v, x: model.apply(v, x, train=False)[1], variables, views)
+    return state.replace(memory=make(state.params, embedding, self.config.memory.size))
+
+  def run(
+    self,
+    objective: objectives.Objective,
+    optimizer: Optimizer,
+    examples: int,
+    *,
+    flops_per_step: float,
+    evaluate: loop.Evaluate | None,
+    classifier_layer: int = 0,
+    profile_steps: tuple[int, int] | None = None,
+  ) -> loop.Run:
+    """Returns what the loop needs, once the workdir is known to be this run's."""
+    self.claim()
+    config, every = self.config, functools.partial(_every, examples=examples, batch_size=self.recipe.batch_size)
+    checkpoints = checkpoint.Checkpoints(
+      self.workdir,
+      config.to_dict(),
+      every_steps=config.checkpoint_every_steps or every(config.checkpoint_every_epochs),
+      keep=config.keep_checkpoints,
+      keep_every_steps=every(config.keep_every_epochs),
+      classifier_layer=classifier_layer,
+    )
+    return loop.Run(
+      self.workdir,
+      optimizer.total_steps,
+      self.recipe.batch_size,
+      checkpoints,
+      config.log_every_steps,
+      title=self.job,
+      shown=objective.shown,
+      flops_per_step=flops_per_step,
+      evaluate=evaluate,
+      evaluate_every_steps=every(self.recipe.evaluate_every_epochs),
+      profile_steps=profile_steps,
+    )
+
+  def claim(self, free: tuple[str, ...] = config_lib.FREE) -> None:
+    """Writes `workdir/config.json`, or checks that it holds this very run; see `config.claim`."""
+    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free)
+
+  # The checkpoint that the run starts from.
+
+  @property
+  def is_pretrained(self) -> bool:
+    """Whether `config.checkpoint` names a checkpoint."""
+    return config_lib.names_run(self.config.checkpoint)
+
+  def saved(self, *, head: bool = False) -> checkpoint.Saved:
+    """Returns the checkpoint that `config.checkpoint` names, once its network is known to be the config's.
+
+    Args:
+      head: whether the projection head must be the same too.
+    """
+    found = checkpoint.open(self.config.checkpoint)
+    ours, theirs = self.config.to_dict(), config_lib.completed(found.config).to_dict()
+    # Precision and rematerialisation are the reader's choice; the arrays are the same.
+    wanted = [("model", key) for key in theirs["model"] if key not in ("dtype", "param_dtype", "remat")]
+    wanted += [("head", key) for key in ("layers", "out_dim") if head]
+    for section, key in wanted:
+      if ours[section].get(key) != theirs[section][key]:
+        raise errors.UserError(
+          f"checkpoint {self.config.checkpoint} was trained with config.{section}.{key} = {theirs[section][key]!r}, "
+          f"not {ours[section].get(key)!r}; leave --config out to use the checkpoint's own."
+        )
+    return found
+
+
+def is_finished(workdir: str, config: dict[str, Any]) -> bool:
+  """Returns whether a folder holds the result of a run of this very config, a plain nested dict."""
+  folder = epath.Path(workdir)
+  if not (folder / "result.json").exists():
+    return False
+  stored = json.loads((folder / "config.json").read_text())["config"]
+  return not config_lib.difference(config, stored)
+
+
+def _every(epochs: float, *, examples: int, batch_size: int) -> int:
+  """Returns an interval in steps: 0 for 0 epochs, else at least one step."""
+  return max(1, round(epochs * round(examples / batch_size))) if epochs else 0

@@ -1,0 +1,254 @@
+"""Every key of every run: its default, its meaning and its choices. The values are the reference's own defaults.
+
+Keys are independent: what follows from others (steps, peak learning rate) is derived in the code, so that overriding
+one key never leaves another one stale. Sections of papers: v1 is arXiv 2002.05709, v2 2006.10029.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from simclr_jax import losses, optim
+from simclr_jax.data import distortion, sources
+from simclr_jax.models import encoders
+
+Value = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """One key of the configuration.
+
+  Attributes:
+    default: its value where an experiment does not set it; its type is the key's.
+    meaning: one line for people.
+    choices: the values that there are; empty where any value of the type is one.
+    is_path: whether it names a file or folder; relative paths are made absolute when they are typed.
+    is_free: whether it may change when a run continues, because no result depends on it.
+  """
+
+  default: Value
+  meaning: str
+  choices: tuple[str, ...] = ()
+  is_path: bool = False
+  is_free: bool = False
+
+
+def _optimizer(
+  name: str, base_learning_rate: float, warmup_epochs: float, weight_decay: float, scaling: str = "linear"
+) -> dict[str, Key]:
+  return {
+    "name": Key(name, "lars, momentum (Nesterov) or adam", choices=optim.OPTIMIZERS),
+    "base_learning_rate": Key(base_learning_rate, "before scaling with the batch size"),
+    "scaling": Key(scaling, "linear: base * batch_size / 256; sqrt: base * sqrt(batch_size)", choices=optim.SCALINGS),
+    "warmup_epochs": Key(warmup_epochs, "linear warm-up from zero"),
+    "momentum": Key(0.9, "decay of the momentum buffer, of lars and momentum"),
+    "weight_decay": Key(weight_decay, "L2; batch normalisation is left out, under lars biases too"),
+    "trust_coefficient": Key(0.001, "of lars"),
+  }
+
+
+def _recipe(optimizer: dict[str, Key], batch_size: int, total_epochs: float) -> dict[str, Any]:
+  """Returns the keys of a job that trains a classifier on the encoder."""
+  return {
+    "optimizer": optimizer,
+    "batch_size": Key(batch_size, "images in a global batch, over all devices"),
+    "total_epochs": Key(total_epochs, "length of the training"),
+    "micro_batches": Key(1, "parts of a batch that go through the network one after the other"),
+    "min_area": Key(0.08, "smallest share of the image in a random crop"),
+    "zero_init": Key(True, "the classifier starts at zero where weights are loaded"),
+    "evaluate_every_epochs": Key(0.0, "on eval_split while training; 0: at the end only"),
+  }
+
+
+_PRECISIONS = tuple(encoders.DTYPES)
+
+_TREE = {
+  "seed": Key(0, "of parameters, data order and augmentation"),
+  "batch_size": Key(512, "images (not views) in a global batch, over all devices"),
+  "total_epochs": Key(100.0, "length of pretraining"),
+  "total_steps": Key(0, "above 0: so many steps in place of total_epochs"),
+  "micro_batches": Key(1, "parts of a batch that go through the network one after the other; BatchNorm sees one part"),
+  "eval_batch_size": Key(256, "over all devices; changes speed only, every example counts once", is_free=True),
+  "data": {
+    "source": Key("tfds", "tfds, folder, arrays (an .npz file) or shapes (built in)", choices=tuple(sources.SOURCES)),
+    "name": Key("cifar10", "of the TFDS data set, with /config where it has one"),
+    "dir": Key("", "TFDS data_dir ('' is its default), folder of images, or .npz file", is_path=True, is_free=True),
+    "train_split": Key("train", "sub-splits too: train[:90%]"),
+    "eval_split": Key("test", "'' pretrains without held-out images"),
+    "image_size": Key(32, "side of the network's input in pixels"),
+    "shards": Key(16, "parts with an order of their own; hosts divide them, they divide the batch"),
+    "shuffle_window": Key(2048, "records of a part shuffled together where the data does not fit in memory"),
+    "cache": Key(True, "keep the encoded images in memory; each epoch is then one permutation of a part"),
+    "resident": Key(False, "keep all images, of one size, decoded on every device; the host feeds nothing then"),
+    "steps_per_dispatch": Key(20, "at most so many steps of resident data in one dispatch", is_free=True),
+    "examples": Key(0, "images in a split of the built-in shapes"),
+    "max_bad_share": Key(0.01, "share of a folder's images that may be corrupt before the run stops"),
+  },
+  "augment": {
+    "place": Key(
+      "device",
+      "device: the host crops, colours and blur are part of the step; host: all in tf.data",
+      choices=("host", "device"),
+    ),
+    "dtype": Key("float32", "of the device's part", choices=_PRECISIONS),
+    "resize": Key("bicubic", "the host's crops where place is device; bilinear is faster", choices=distortion.RESIZES),
+    "min_area": Key(0.08, "smallest share of the image in a random crop"),
+    "max_area": Key(1.0, "largest share of the image in a random crop"),
+    "flip": Key(True, "mirror half of the views"),
+    "color_strength": Key(1.0, "v1 appendix A: 1.0 for ImageNet, 0.5 for CIFAR-10"),
+    "brightness": Key("multiplicative", "multiplicative (v2) or additive (v1)", choices=distortion.BRIGHTNESS),
+    "color_probability": Key(0.8, "of the colour jitter"),
+    "grayscale_probability": Key(0.2, "of the conversion to grey"),
+    "blur_probability": Key(0.5, "of the blur; 0 for CIFAR-10"),
+    "compose": Key(
+      "",
+      "v1 figure 5, in place of flip, colours and blur: both views are one random crop, the second goes through"
+      " these too: crop, cutout, color, sobel, noise, blur, rotate",
+    ),
+  },
+  "model": {
+    "encoder": Key("resnet", "the network", choices=tuple(encoders.ENCODERS)),
+    "depth": Key(50, "10, 18, 34, 50, 101, 152 or 200"),
+    "width": Key(1.0, "multiplies the channels"),
+    "sk_ratio": Key(0.0, "0.0625 turns on selective kernels and the ResNet-D stem and shortcuts"),
+    "se_ratio": Key(0.0, "above 0 turns on squeeze-and-excite"),
+    "small_images": Key(False, "CIFAR stem: 3x3 stride 1, no pooling"),
+    "dtype": Key("float32", "of activations; statistics and loss are at least float32", choices=_PRECISIONS),
+    "param_dtype": Key("float32", "of parameters", choices=_PRECISIONS),
+    "remat": Key(
+      "none",
+      "what the backward pass computes again: none, convs (all but convolutions) or blocks (whole "
+      "residual blocks), for all groups or one each: blocks,convs,none,none",
+      is_free=True,
+    ),
+  },
+  "head": {
+    "layers": Key(3, "of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2"),
+    "out_dim": Key(128, "dimension of z"),
+    "finetune_from": Key(
+      0,
+      "layer that feeds finetune's classifier: 0 is the encoder's h, 1 the first layer (v2 for few"
+      " labels), -1 the last; the layers up to it learn too",
+    ),
+    "evaluate_from": Key(0, "the same for linear_eval, knn, transfer and embed"),
+    "online": Key(True, "train a linear classifier beside it, behind stop_gradient, where the images have labels"),
+  },
+  "loss": {
+    "kind": Key(
+      "nt_xent",
+      "dcl leaves the positive out of the denominator, in sup_con the same label attracts, the others are"
+      " those of v1 table 4",
+      choices=tuple(losses.KINDS),
+    ),
+    "temperature": Key(0.1, "divides the similarities"),
+    "normalize": Key(True, "L2-normalise the embeddings"),
+    "margin": Key(0.8, "of the two margin losses"),
+    "scale": Key(2.0, "times the paper's mean over 2N; the reference sums two means over N; metrics log the paper's"),
+  },
+  "optimizer": _optimizer("lars", 0.3, 10.0, 1e-6),
+  "memory": {
+    "size": Key(0, "embeddings in the queue of negatives from earlier steps (v2 section 3.1: 65536); 0: none"),
+    "decay": Key(0.999, "of the moving average of the weights that embed them"),
+  },
+  "sharding": {
+    "parameters": Key(
+      "replicated",
+      "sharded: parameters and optimizer state are split over the devices",
+      choices=("replicated", "sharded"),
+      is_free=True,
+    ),
+  },
+  "log_every_steps": Key(50, "interval of metric rows", is_free=True),
+  "evaluate_every_epochs": Key(
+    10.0, "what pretrain measures beside the loss (see monitor); 0: at the end only", is_free=True
+  ),
+  "monitor": {
+    "knn_images": Key(5000, "training images whose features vote on eval_split; 0: no online kNN", is_free=True),
+    "knn_neighbours": Key(20, "all where there are fewer images", is_free=True),
+    "pairs": Key(512, "of views, for alignment, uniformity and effective rank; 0: none of these", is_free=True),
+  },
+  "checkpoint_every_epochs": Key(1.0, "interval of checkpoints", is_free=True),
+  "checkpoint_every_steps": Key(0, "above 0: in place of checkpoint_every_epochs", is_free=True),
+  "keep_checkpoints": Key(3, "the number of latest checkpoints that stay", is_free=True),
+  "keep_every_epochs": Key(0.0, "checkpoints at multiples of this stay for good; 0: none", is_free=True),
+  "checkpoint": Key(
+    "", "what the jobs after pretraining start from: a run, one of its checkpoints, or random", is_path=True
+  ),
+  "labels": {
+    "fraction": Key(1.0, "share of the images of each class whose labels finetune, linear_eval, distill, knn see"),
+    "seed": Key(0, "of the choice"),
+    "ids": Key(
+      "", "a file with one image name a line (the reference's imagenet_subsets), in place of a fraction", is_path=True
+    ),
+  },
+  "linear_eval": {
+    # v1 appendix B.6.
+    **_recipe(_optimizer("momentum", 0.1, 0.0, 0.0), 512, 100.0),
+    "protocol": Key(
+      "reference",
+      "reference (v1 appendix B.6), features (one pass, then many classifiers) or stored (count with"
+      " the checkpoint's own)",
+      choices=("reference", "features", "stored"),
+    ),
+  },
+  "probes": {
+    "passes": Key(1, "over the training images for protocol features: one uncropped, the others cropped and flipped"),
+    "learning_rates": Key("0.01,0.03,0.1,0.3,1.0,3.0", "of the grid, each for 256 images, linearly scaled"),
+    "weight_decays": Key("0.0,1e-6,1e-5,1e-4", "of the grid"),
+    "epochs": Key(100, "of the grid's classifiers"),
+    "batch_size": Key(512, "of the grid's classifiers"),
+    "l2_strengths": Key("1e-6,1e-5,1e-4,1e-3,1e-2", "of logistic regression on standardised features"),
+    "lbfgs_steps": Key(500, "at most, for each strength"),
+    "lbfgs_tolerance": Key(1e-4, "of the largest entry of the gradient, as scikit-learn's"),
+    "validation_share": Key(0.1, "of the training images; these choose the setting"),
+  },
+  "finetune": {
+    # v1 appendix B.5; without a checkpoint the supervised baseline.
+    **_recipe(_optimizer("momentum", 0.05, 0.0, 0.0), 512, 60.0),
+    "after_block": Key(-1, "what learns: -1 all, 0 what follows the stem, 1 to 4 what follows that block group"),
+  },
+  "distill": {
+    # v2 section 3.3: LARS as in pretraining, 400 epochs, crop and flip.
+    **_recipe(_optimizer("lars", 0.1, 10.0, 1e-4, "sqrt"), 512, 400.0),
+    "zero_init": Key(False, "the classifier starts at zero where weights are loaded"),
+    "teacher": Key(
+      "", "a run of finetune, linear_eval or distill (or of pretrain: its online classifier)", is_path=True
+    ),
+    "temperature": Key(1.0, "v2: 1.0 from a big network to a small one, 0.1 for self-distillation"),
+    "label_weight": Key(0.0, "1 - alpha of v2's equation 3: of the cross-entropy of the images with labels"),
+    "images": Key("all", "what the student sees of train_split", choices=("all", "labelled")),
+    "cache_teacher": Key(False, "run the teacher once, on the centre crop, rather than on each crop of each step"),
+  },
+  "knn": {
+    "neighbours": Key("10,20,100,200", "numbers of voting neighbours"),
+    "temperatures": Key("0.07,0.1", "votes weigh exp(similarity / temperature); the first of both is the headline"),
+  },
+  "transfer": {
+    # v1 appendix B.8.
+    "datasets": Key("paper", "TFDS names, NAME:TRAIN:VALIDATION:TEST, folder:DIR, or paper: its twelve", is_free=False),
+    "l2_strengths": Key(45, "number of strengths, evenly spaced in the logarithm"),
+    "l2_low": Key(1e-6, "the smallest, on sums over examples as in the paper"),
+    "l2_high": Key(1e5, "the largest"),
+    "lbfgs_steps": Key(1000, "at most, for each strength"),
+    "lbfgs_tolerance": Key(1e-4, "of the largest entry of the gradient"),
+    "validation_share": Key(0.2, "of the training images of a data set that has no validation split"),
+  },
+  "embed": {
+    "split": Key("train", "which split"),
+    "format": Key("npz", "of the files", choices=("npz", "parquet")),
+    "rows_per_file": Key(8192, "images in one file"),
+  },
+}
+
+
+def _flat_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Key]]:
+  for name, value in tree.items():
+    if isinstance(value, Key):
+      yield prefix + name, value
+    else:
+      yield from _flat_keys(value, f"{prefix}{name}.")
+
+
+# Every key by its dotted name, in the order of the help.
+KEYS: dict[str, Key] = dict(_flat_keys(_TREE))

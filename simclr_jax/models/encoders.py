@@ -1,0 +1,78 @@
+"""The protocol that encoders follow, and the table of encoders by name.
+
+To add an encoder, write it in a file of its own, give it a row in `ENCODERS`, and its config keys defaults.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from simclr_jax import errors
+from simclr_jax.models import resnet
+
+DTYPES: dict[str, Any] = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
+
+
+class Encoder(Protocol):
+  """A Linen module from images to representations, made of stages that can be frozen from the input upwards.
+
+  Its fields are keys of the config's `model` section, `dtype` and `param_dtype` among them. Whether it has batch
+  statistics shows in its variables alone: `variables.get("batch_stats", {})`.
+
+  Attributes:
+    stages: names of the stages from the input to the output, for messages.
+  """
+
+  @property
+  def stages(self) -> tuple[str, ...]: ...
+
+  def stage_of(self, name: str) -> int:
+    """Returns the index in `stages` of a top-level module, by its name in the parameter tree."""
+    ...
+
+  def __call__(self, images: jax.Array, *, train: bool, after_stage: int = -1) -> jax.Array:
+    """Returns h f[N, D], in at least float32, of images f[N, H, W, 3] in [0, 1] or u8.
+
+    Args:
+      images: RGB.
+      train: whether dropout, batch statistics and the like are in training mode.
+      after_stage: index of the last frozen stage, -1 for none. Frozen stages run in inference mode and get no
+        gradient.
+    """
+    ...
+
+
+ENCODERS: dict[str, type[nn.Module]] = {"resnet": resnet.ResNet}
+
+
+def build(keys: Mapping[str, Any]) -> Encoder:
+  """Returns the encoder that the config's `model` section describes.
+
+  Args:
+    keys: `encoder`, a key of `ENCODERS` ("resnet" where absent), and the fields of that class, dtypes by name. Keys
+      of other encoders are ignored.
+
+  Raises:
+    UserError: the encoder or a dtype is unknown.
+  """
+  name = keys.get("encoder", "resnet")
+  if name not in ENCODERS:
+    raise errors.UserError(
+      f"config.model.encoder is {name!r}{errors.nearest(name, ENCODERS)}; use {', '.join(ENCODERS)}."
+    )
+  fields = [field.name for field in dataclasses.fields(ENCODERS[name]) if field.name not in ("parent", "name")]
+  given = {key: keys[key] for key in fields if key in keys}
+  return ENCODERS[name](
+    **{key: dtype_of(value, key) if key.endswith("dtype") else value for key, value in given.items()}
+  )
+
+
+def dtype_of(name: str, key: str) -> Any:
+  """Returns the dtype of this name, or raises a UserError about `config.model.<key>`."""
+  if name not in DTYPES:
+    raise errors.UserError(f"config.model.{key} is {name!r}{errors.nearest(name, DTYPES)}; use {', '.join(DTYPES)}.")
+  return DTYPES[name]

@@ -1,0 +1,1 @@
+"""Studies of the v1 paper: grids of runs as data (definitions), and their cells on disk (grid)."""

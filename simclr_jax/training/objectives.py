@@ -1,0 +1,268 @@
+"""What a batch means for the network: its loss and its metrics. One class for each way of training."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from simclr_jax import losses, optim
+from simclr_jax.losses import negatives
+from simclr_jax.models import simclr
+from simclr_jax.training import state as state_lib
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Params = Any
+
+
+def as_it_is(tree: Any) -> Any:
+  """Returns its argument: the batch without a device part of the augmentation, or parameters that are replicated."""
+  return tree
+
+
+class Output(NamedTuple):
+  """What the network makes of a batch, or of one micro-batch of it.
+
+  Attributes:
+    z: f[n, 2, D], embeddings whose loss compares all images of the batch; None where each image has a loss of its own.
+    loss: f[], the mean over the rows of the losses that images have of their own.
+    metrics: means over the rows.
+    batch_stats: BatchNorm's moving averages after these rows.
+  """
+
+  z: jax.Array | None
+  loss: jax.Array | float
+  metrics: Metrics
+  batch_stats: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """How a step is spread over devices and over time.
+
+  Attributes:
+    mesh: the devices that share the batch; None for one device.
+    micro_batches: parts of the batch that go through the network one after the other.
+    gather_params: all-gathers sharded parameters before the network uses them.
+  """
+
+  mesh: jax.sharding.Mesh | None = None
+  micro_batches: int = 1
+  gather_params: Callable[[Params], Params] = as_it_is
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+  """The L2 term of the loss: `weight_decay` for what the optimizer of this name does not decay itself."""
+
+  weight_decay: float
+  optimizer: str
+
+  def __call__(self, params: Params) -> jax.Array:
+    return optim.weight_decay_loss(params, self.weight_decay, optimizer=self.optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What step, loop and checkpoints need to know of a way of training; this one trains all of the model.
+
+  Attributes:
+    model: the network.
+    decay: the L2 term that the optimizer leaves to the loss.
+    prepare: rows -> the same with what the network sees; the device's part of the augmentation.
+    shown: metric name -> label, for the progress bar.
+  """
+
+  model: nn.Module
+  decay: Decay
+  prepare: Callable[[Batch], Batch] = as_it_is
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss"}
+
+  def trained(self, params: Params) -> Params:
+    """Returns the part of the parameters that learns: a tree of the same form with some of the leaves."""
+    return params
+
+  def moving(self, batch_stats: Any) -> Any:
+    """Returns the part of the moving averages that a step changes: a tree of the same form with some of the leaves."""
+    return batch_stats
+
+  def totals(self, batch: Batch, *constants: Any) -> Any:
+    """Returns sums over the whole batch that `forward` needs of every micro-batch."""
+    return None
+
+  def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
+    """Returns what the network makes of one of `parts` micro-batches."""
+    raise NotImplementedError
+
+  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
+    """Returns the loss that compares all embeddings f[N, 2, D] of the batch, and its metrics."""
+    raise NotImplementedError
+
+  def after(
+    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
+  ) -> tuple[Any, Metrics]:
+    """Returns the queue of negatives after a step (None where there is none), and metrics of it."""
+    return None, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Objective):
+  """Two views of an image attract each other, all other images of the batch repel; an online classifier learns along.
+
+  `prepare` gives `views` f[n, 2, H, W, 3] in [0, 1].
+
+  Attributes:
+    model: encoder, projection head and, where the images have labels, the classifier behind stop_gradient.
+    kind: one of `losses.KINDS`.
+    temperature: divides the similarities.
+    normalize: whether the embeddings are L2-normalised.
+    scale: factor on the paper's loss in what is optimised (the reference: 2).
+    margin: of the margin losses.
+    queue_decay: of the moving average of the weights that fill the queue of negatives, where the state has one.
+    mesh: see `Placement`.
+  """
+
+  kind: str = "nt_xent"
+  temperature: float = 0.1
+  normalize: bool = True
+  scale: float = 1.0
+  margin: float = 0.8
+  queue_decay: float = 0.999
+  mesh: jax.sharding.Mesh | None = None
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
+
+  def forward(self, variables: Any, rows: Batch, totals: None, parts: int) -> Output:
+    """Returns embeddings of both views, and the online classifier's loss."""
+    # One pass over both views: BatchNorm takes its statistics over them together, and over all devices.
+    views = self.prepare(rows)["views"]
+    images = views.reshape(-1, *views.shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
+    (_, z, logits), updates = self.model.apply(variables, images, train=True, mutable=["batch_stats"])
+    metrics, loss = {}, 0
+    if logits is not None:
+      loss, accuracy = losses.cross_entropy(logits, rows["label"].repeat(2))
+      metrics = {"supervised_loss": loss, "supervised_acc": accuracy}
+    return Output(z.reshape(-1, 2, z.shape[-1]), loss, metrics, updates.get("batch_stats", {}))
+
+  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
+    """Returns the scaled contrastive loss of the whole batch; the metric `loss` is the paper's."""
+    older = {}
+    if state.memory is not None:
+      rows = negatives.filled(state.memory, state.step, 2 * batch["label"].shape[0])
+      older = {"queue": state.memory["buffer"], "filled": rows}
+    keys = {"temperature": self.temperature, "normalize": self.normalize, "margin": self.margin, "mesh": self.mesh}
+    value, metrics = losses.contrast(self.kind, z, batch["label"], **keys, **older)
+    return self.scale * value, {**metrics, "loss": value}
+
+  def after(
+    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
+  ) -> tuple[Any, Metrics]:
+    """Returns the queue after the batch has entered it, embedded by the moving average of the weights."""
+    queue = before.memory
+    if queue is None:
+      return None, {}
+    # The moving averages of BatchNorm that come out are dropped: these weights never run in inference mode.
+    network = self.model.clone(linear_head=None)
+
+    def embedded(variables, rows):
+      views = self.prepare(rows)["views"]
+      (_, z, _), _ = network.apply(variables, views.reshape(-1, *views.shape[2:]), train=True, mutable=["batch_stats"])
+      return z.reshape(-1, 2, z.shape[-1]).astype(queue["buffer"].dtype)
+
+    z = embed(embedded, queue["params"])
+    z = losses.l2_normalized(z) if self.normalize else z
+    rows = negatives.filled(queue, before.step, 2 * batch["label"].shape[0])
+    filled = {"memory_filled": rows / queue["buffer"].shape[0]}
+    return negatives.after(queue, before.step, z, now.params, decay=self.queue_decay, mesh=self.mesh), filled
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Objective):
+  """A linear classifier on the encoder, of which any part may learn along (finetune, linear_eval).
+
+  `prepare` gives `image` f32[n, H, W, 3] in [0, 1] or u8. What the model freezes keeps its bits.
+  """
+
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/accuracy": "accuracy"}
+
+  def trained(self, params: Params) -> Params:
+    """Returns the parameters that the model does not freeze."""
+    return simclr.trained_part(self.model, params)
+
+  def moving(self, batch_stats: Any) -> Any:
+    """Returns the moving averages that the model does not freeze."""
+    return simclr.moving_part(self.model, batch_stats)
+
+  def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
+    """Returns the loss of the rows."""
+    rows = self.prepare(rows)
+    logits, updates = self.model.apply(variables, rows["image"], train=True, mutable=["batch_stats"])
+    loss, metrics = self.loss(logits, rows, totals, parts, *constants)
+    return Output(None, loss, metrics, updates.get("batch_stats", {}))
+
+  def loss(self, logits: jax.Array, rows: Batch, totals: Any, parts: int) -> tuple[jax.Array, Metrics]:
+    """Returns the mean cross-entropy of logits f[n, K] and `label`, with the metrics `loss` and `accuracy`."""
+    loss, accuracy = losses.cross_entropy(logits, rows["label"])
+    return loss, {"loss": loss, "accuracy": accuracy}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(Classification):
+  """A student learns the class probabilities of a teacher, and labels where there are any: equation 3 of v2.
+
+  Each of the two terms is a mean over its own images of the batch; a batch without labelled ones has the first alone.
+  The step's constants are `labelled` bool[examples], by `index`, and what `teacher_of` needs.
+
+  Attributes:
+    teacher_of: (rows, *arrays) -> the teacher's logits f[n, K].
+    temperature: of both softmaxes.
+    label_weight: 1 - alpha of equation 3.
+  """
+
+  teacher_of: Callable[..., jax.Array] | None = None
+  temperature: float = 1.0
+  label_weight: float = 0.0
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/agreement": "agrees with the teacher"}
+
+  def totals(self, batch: Batch, *constants: Any) -> jax.Array | None:
+    """Returns i32[], the labelled images of the batch, where their labels count."""
+    labelled = constants[0]
+    return jnp.sum(labelled[batch["index"]]) if self.label_weight else None
+
+  def loss(
+    self, logits: jax.Array, rows: Batch, totals: jax.Array | None, parts: int, *constants: Any
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns the weighted sum of both terms, and each of them as a metric."""
+    labelled, *arrays = constants
+    teacher = self.teacher_of(rows, *arrays)
+    distilled = distillation(logits, teacher, self.temperature)
+    agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher, -1))
+    metrics = {"distill_loss": distilled, "agreement": agreement}
+    total = (1 - self.label_weight) * distilled
+    if self.label_weight:
+      known = labelled[rows["index"]]
+      label = jnp.where(known, rows["label"], 0)
+      of_rows = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+      # The mean over the parts is then the sum over the batch by the number of its labelled images.
+      supervised = parts * jnp.sum(jnp.where(known, of_rows, 0)) / jnp.maximum(totals, 1)
+      metrics["supervised_loss"] = supervised
+      total = total + self.label_weight * supervised
+    return total, {**metrics, "loss": total}
+
+
+def distillation(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+  """Returns the mean over N of T^2 times the cross-entropy of softmax(student / T) under softmax(teacher / T).
+
+  Equation 2 of Chen et al. 2020b (v2) with the factor T^2 of the reference's notebook, which keeps gradients of one
+  size (Hinton et al. 2015). No gradient reaches the teacher.
+
+  Args:
+    student: f[N, K], logits.
+    teacher: f[N, K], logits.
+    temperature: T.
+  """
+  target = jax.nn.softmax(jax.lax.stop_gradient(teacher) / temperature)
+  return temperature**2 * jnp.mean(optax.losses.softmax_cross_entropy(student / temperature, target))
