@@ -2,8 +2,8 @@
 
   simclr-jax demo --config=demo --workdir=runs/demo
 
-The recipe follows v1, with changes for a small data set and a short run: larger crops, so that each shows a whole shape,
-and weak colour distortion with frequent grayscale, since the copies of a shape in one image differ in colour.
+The recipe follows v1, with changes for a small data set and a short run: larger crops, so that each shows a whole
+shape, and weak colour distortion with frequent grayscale, since the copies of a shape in one image differ in colour.
 README.md has the measured accuracies.
 """
 

@@ -3,8 +3,8 @@
   simclr-jax pretrain --config=folder --config.data.dir=my/images --workdir=runs/mine
   simclr-jax linear_eval --config.checkpoint=runs/mine --workdir=runs/mine-linear
 
-Both jobs work with `my/images/train/CLASS/*.jpg` and `my/images/test/CLASS/*.jpg`. Pretraining alone takes any folder of
-images; add `--config.data.eval_split=` if it has class folders but no held-out images. The recipe is the SimCLR
+Both jobs work with `my/images/train/CLASS/*.jpg` and `my/images/test/CLASS/*.jpg`. Pretraining alone takes any folder
+of images; add `--config.data.eval_split=` if it has class folders but no held-out images. The recipe is the SimCLR
 authors' advice for small batches (issue 166 of google-research/simclr): square-root scaling, temperature 0.2. The
 accuracy depends on the images.
 """

@@ -6,7 +6,7 @@
 RUN is a pretraining run (or a converted release, see docs/convert.md) of ResNet-50; for other encoders set `model`, for
 example --config.model.width=2 --config.model.sk_ratio=0.0625. The labels are those of TFDS's imagenet2012_subset, whose
 images are the ones of the reference's lists. With a folder of images, give the list itself (--config.data.source=folder
---config.data.name= --config.labels.ids=1percent.txt); with any data set, a random share (--config.labels.fraction=0.01).
+--config.data.name= --config.labels.ids=1percent.txt); with any data set, a share (--config.labels.fraction=0.01).
 
 | variant     | recipe                                                                           | top-1 *           |
 | :v1_1pct    | v1 B.5: momentum, 0.05 for each 256 images, batch 4096, 60 epochs                | 48.3 (v1 table 7) |
