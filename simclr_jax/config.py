@@ -78,7 +78,7 @@ def read(name_or_path: str) -> ml_collections.ConfigDict:
       beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() and path.suffix else []
       names = [*known, *beside]
       raise errors.UserError(
-        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names)}; bundled are "
+        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names) or ';'} bundled are "
         f"{', '.join(known)}" + (f", and {path.parent} has {', '.join(beside)}." if beside else ".")
       )
     path = known[stem]
