@@ -171,7 +171,7 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     if first:
       raise errors.UserError(f"config.{name} is a section; set one of its keys, such as config.{first}.")
     raise errors.UserError(
-      f"unknown config key {name!r}{_nearest_key(name, known)}; `simclr-jax config` lists all keys."
+      f"unknown config key {name!r}{_nearest_key(name, known) or ';'} `simclr-jax config` lists all keys."
     )
   section, _, leaf = name.rpartition(".")
   holder = get_key(config, section) if section else config
