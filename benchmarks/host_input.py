@@ -105,26 +105,24 @@ def _unpinned(data_dir, seconds):
 def _measurements(data_dir, seconds):
   import tensorflow as tf
 
-  from simclr_jax.data import host_augment, pipeline
+  from simclr_jax.data import host_augment, order, pipeline
   from simclr_jax.data.distortion import Distortion
-  from simclr_jax.data.order import Order
 
   source = _source(data_dir)
-  plain, blurred, fast = Distortion(SIZE, blur_probability=0.0), Distortion(SIZE), Distortion(SIZE, resize="bilinear")
-  crops = lambda content, seed: host_augment.two_crops(content, seed, plain)
-  views = host_augment.two_views
-  bilinear = lambda content, seed: host_augment.two_crops(content, seed, fast)
+  crops = lambda content, seed: host_augment.two_crops(content, seed, Distortion(SIZE))
+  bilinear = lambda content, seed: host_augment.two_crops(content, seed, Distortion(SIZE, resize="bilinear"))
+  views = lambda content, seed, **blur: host_augment.two_views(content, seed, Distortion(SIZE, **blur))
   transforms = {
-    # Its size is enough to have it decoded.
+    # The shape is enough to have the image decoded.
     "decode": lambda content, seed: {"x": tf.shape(tf.io.decode_jpeg(content, channels=3))},
-    "host": lambda content, seed: {"x": views(content, seed, plain)},
-    "host_blur": lambda content, seed: {"x": views(content, seed, blurred)},
+    "host": lambda content, seed: {"x": views(content, seed, blur_probability=0.0)},
+    "host_blur": lambda content, seed: {"x": views(content, seed)},
     "crops": lambda content, seed: {"x": crops(content, seed)},
     "crops_bilinear": lambda content, seed: {"x": bilinear(content, seed)},
     "both": lambda content, seed: {"bicubic": crops(content, seed), "bilinear": bilinear(content, seed)},
   }
-  order = Order(BATCH, SHARDS, seed=0, shuffle_window=100)
-  batches = lambda name, threads: pipeline.train_batches(source, transforms[name], order, threads=threads)
+  examples = order.Order(BATCH, SHARDS, seed=0, shuffle_window=100)
+  batches = lambda name, threads: pipeline.train_batches(source, transforms[name], examples, threads=threads)
 
   def measured(what, name=""):
     if what == "about":
@@ -182,13 +180,12 @@ def _error(batches) -> dict:
 
 def _source(data_dir):
   """Returns encoded images in memory."""
-  from simclr_jax.data import arrays, sources
-  from simclr_jax.data.source import Request
+  from simclr_jax.data import arrays, source, sources
 
   if data_dir:
-    request = Request("train", name="imagenet2012", data_dir=data_dir)
-    count = min(KEPT, sources.load("tfds", request).num_examples)
-    return sources.load("tfds", dataclasses.replace(request, split=f"train[:{count}]", cache=True)).stored()
+    whole = source.Request("train", name="imagenet2012", data_dir=data_dir)
+    count = min(KEPT, sources.load("tfds", whole).num_examples)
+    return sources.load("tfds", dataclasses.replace(whole, split=f"train[:{count}]", cache=True)).stored()
   encoded = np.array([made_jpeg(number) for number in range(MADE)], object)
   return arrays.Arrays("noise", encoded, np.full(MADE, -1, np.int32), ()).stored()
 

@@ -1,35 +1,23 @@
 """The jobs that evaluate frozen features, knn and linear_eval's protocol `features`, by their commands."""
 
 import json
-import pathlib
 import types
 
-import jax
 import numpy as np
 import pytest
+from runs import TINY, job
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment, inference, numbers
 from simclr_jax.evaluation import features
-from simclr_jax.hardware import sharding
-from simclr_jax.jobs import feature_eval, feed, representation, setup
-
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = [
-  f"--config={ROOT}/configs/cifar10.py",
-  "--config.data.source=shapes",
-  "--config.data.examples=80",
-  "--config.data.image_size=16",
-  "--config.model.depth=10",
-  "--config.model.width=0.0625",
-  "--config.eval_batch_size=24",
-  "--config.checkpoint=random",
-]
+from simclr_jax.jobs import linear_eval
+from simclr_jax.version import __version__
 
 
-def test_the_job_counts_every_combination_on_the_whole_split(tmp_path, capsys):
+def test_knn_counts_every_combination_on_the_whole_split(pretrained, tmp_path, capsys):
   keys = ["--config.knn.neighbours=5,1", "--config.knn.temperatures=0.1,0.5", "--config.data.eval_split=train"]
-  assert command.main(["knn", *TINY, *keys, f"--workdir={tmp_path}"]) == 0
+  job("knn", tmp_path, *keys, f"--config.checkpoint={pretrained}")
   result = json.loads((tmp_path / "result.json").read_text())
   assert [(cell["k"], cell["temperature"]) for cell in result["table"]] == [(5, 0.1), (5, 0.5), (1, 0.1), (1, 0.5)]
   assert (result["eval/knn_top1"], result["eval/knn_top5"]) == (result["table"][0]["top1"], result["table"][0]["top5"])
@@ -50,7 +38,7 @@ def test_the_job_counts_every_combination_on_the_whole_split(tmp_path, capsys):
   ],
 )
 def test_a_mistake_in_knn_gets_one_line(tmp_path, capsys, override, said):
-  argv = [*TINY, "--config.knn.neighbours=5", f"--config.{override}", f"--workdir={tmp_path}"]
+  argv = [*TINY, "--config.checkpoint=random", f"--config.{override}", f"--workdir={tmp_path}"]
   assert command.main(["knn", *argv]) == 2
   err = capsys.readouterr().err
   assert said in err
@@ -60,48 +48,45 @@ def test_a_mistake_in_knn_gets_one_line(tmp_path, capsys, override, said):
 @pytest.mark.parametrize("text", ["", "0.1,", "0.1 0.2", "a,1", "nan", "inf,1", "-0.1", "0"])
 def test_text_that_is_not_a_list_of_numbers_is_refused(text):
   with pytest.raises(errors.UserError, match="config.probes.learning_rates") as caught:
-    feature_eval.numbers("probes.learning_rates", text)
+    numbers.floats("config.probes.learning_rates", text)
   assert "\n" not in str(caught.value)
 
 
 def test_lists_of_numbers_are_read():
-  assert feature_eval.numbers("probes.weight_decays", "0.0, 1e-6,1", zero=True) == [0, 1e-6, 1]
+  assert numbers.floats("config.probes.weight_decays", "0.0, 1e-6,1", zero=True) == [0, 1e-6, 1]
 
 
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path):
-  """Returns a function that runs the job on features given for the splits `train` (any pass) and `test`."""
+  """Returns a function that runs the protocol on features given for the splits `train` (any pass) and `test`."""
 
   def run(train, test, *overrides):
     table = {"train": train, "test": test}
-    source = lambda config, split: types.SimpleNamespace(name=split, num_examples=len(table[split][0]), num_classes=4)
+    split_of = lambda _, name: types.SimpleNamespace(name=name, num_examples=len(table[name][0]), num_classes=4)
     passes = []
-    monkeypatch.setattr(representation, "load", lambda config, mesh, *, job: (None, None))
-    # One device: eight virtual ones need ten times as long for the many small all-reduces.
-    monkeypatch.setattr(setup, "mesh_for", lambda *_: sharding.data_mesh(jax.devices()[:1]))
-    monkeypatch.setattr(setup, "source_of", source)
-    monkeypatch.setattr(setup, "evaluation_rows", lambda config, source: lambda: (source.name, 0))
-    monkeypatch.setattr(feed, "augmented_rows", lambda config, source, number: (source.name, number))
+    monkeypatch.setattr(inference, "representation", lambda run: inference.Representation(None, None, layer=0))
+    monkeypatch.setattr(experiment.Experiment, "images_of", split_of)
+    monkeypatch.setattr(experiment.Experiment, "rows", lambda _, images: lambda: (images.name, 0))
+    monkeypatch.setattr(experiment.Experiment, "augmented_rows", lambda _, images, number: (images.name, number))
 
     def of_split(encode, variables, batches, mesh):
       passes.append(batches)
-      return table[batches[0]]
+      return features.Features(*table[batches[0]])
 
     monkeypatch.setattr(features, "of_split", of_split)
     keys = {
-      **{"checkpoint": "random", "probes.batch_size": "32", "probes.epochs": "40"},
-      **{"probes.learning_rates": "0.3,1.0", "probes.weight_decays": "300.0,0.0", "probes.l2_strengths": "1e3,1e-4"},
+      **{"linear_eval.protocol": "features", "checkpoint": "random", "probes.batch_size": 32, "probes.epochs": 40},
       **dict(override.split("=") for override in overrides),
     }
-    result = feature_eval.run(command.load_config(str(ROOT / "configs/base.py"), keys), str(tmp_path))
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    result = linear_eval.run(config_lib.load("cifar10", keys), str(tmp_path))
+    assert json.loads((tmp_path / "result.json").read_text()) == {**result, "version": __version__}
     return result, passes
 
   return run
 
 
 def test_the_features_protocol_reads_every_pass_and_writes_its_choices(evaluate):
-  # Random labels can only be learnt by heart, which the held-back images show and the training images do not.
+  # Random labels can only be memorised: accurate on the images of the training, at chance on the held-back ones.
   rng = np.random.default_rng(0)
   data = rng.standard_normal((100, 200)).astype(np.float32), rng.integers(0, 4, 100).astype(np.int32)
   result, passes = evaluate(

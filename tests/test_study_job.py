@@ -5,48 +5,23 @@ import os
 import pathlib
 import signal
 
-import jax
 import pytest
 from PIL import Image
+from runs import TINY
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors
-from simclr_jax.hardware import sharding
-from simclr_jax.jobs import knn, linear_eval, pretrain, setup, study
+from simclr_jax import config as config_lib
+from simclr_jax import errors, files
+from simclr_jax.jobs import knn, linear_eval, pretrain, study
 from simclr_jax.training import checkpoint, loop, telemetry
 
-ROOT = pathlib.Path(__file__).parents[1]
-DEMO = str(ROOT / "configs" / "study_demo.py")
-TINY = {
-  "data.examples": 40,
-  "data.image_size": 16,
-  "model.width": 0.0625,
-  "head.out_dim": 8,
-  "batch_size": 16,
-  "eval_batch_size": 40,
-  "total_steps": 2,
-  "log_every_steps": 1,
-  "probes.epochs": 1,
-  "probes.batch_size": 16,
-  "probes.lbfgs_steps": 5,
-  "probes.lbfgs_tolerance": 10.0,
-  "knn.neighbours": 5,
-}
-
-
-@pytest.fixture(autouse=True)
-def compiles_fast(monkeypatch):
-  """What is run here is tiny, and compiling it takes longer, the more so for eight devices."""
-  of_devices = sharding.data_mesh
-  monkeypatch.setattr(sharding, "data_mesh", lambda devices=None: of_devices(devices or jax.devices()[:1]))
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+PROBES = ("epochs=1", "batch_size=16", "lbfgs_steps=5", "lbfgs_tolerance=10.0", "learning_rates=0.1")
+PROBES += ("weight_decays=0.0", "l2_strengths=1e-2")
+CELLS = ["--config.total_steps=2", "--config.head.online=false", *(f"--config.probes.{key}" for key in PROBES)]
 
 
 def run(workdir, name, *more):
-  overrides = [f"--config.{key}={value}" for key, value in TINY.items()]
-  return command.main(["study", f"--study={name}", f"--config={DEMO}", f"--workdir={workdir}", *overrides, *more])
+  return command.main(["study", f"--study={name}", *TINY, *CELLS, f"--workdir={workdir}", *more])
 
 
 def cells(workdir, file="study.json"):
@@ -88,15 +63,16 @@ def test_a_grid_is_run_continued_and_drawn(tmp_path, calls, capsys):
     assert cell["train_loss"] == telemetry.read_rows(str(tmp_path / "cells" / name / "pretrain"))[-1]["train/loss"]
     assert cell["seconds"] > 0
     last.add(cell["train_loss"])
-    kept = checkpoint.read_config(str(tmp_path / "cells" / name / "pretrain"))
+    kept = checkpoint.open(str(tmp_path / "cells" / name / "pretrain")).config
     assert kept["augment"]["compose"] == ("crop" if name == "crop-crop" else name.replace("-", ","))
-  assert len(last) == 4  # They share a program, but not what it is given.
+  assert len(last) == 4  # The cells share a program; the operations are its data.
   result = json.loads((tmp_path / "result.json").read_text())
   assert (result["finished"], result["failed"], result["not_run"]) == (4, 0, 45)
   with Image.open(tmp_path / "figures" / "augmentations_knn.png") as image:
     assert image.size[0] > 800
 
-  # Nothing is run again; what a kill left half done is, and an evaluation that is missing alone is not pretrained for.
+  # Finished cells are not run again. A cell that a kill left unfinished is; where the evaluation alone is missing, the
+  # pretraining is not repeated.
   calls.clear()
   assert run(tmp_path, "augmentations", *few) == 0
   assert calls == []
@@ -111,7 +87,7 @@ def test_a_grid_is_run_continued_and_drawn(tmp_path, calls, capsys):
   again = cells(tmp_path, "study_knn.json")
   assert [cell["accuracy"] for cell in again.values()] == [cell["accuracy"] for cell in found.values()]
 
-  # By another evaluation, of the same runs; and another study has no place here.
+  # Another evaluation takes the same pretraining runs; another study is refused in this folder.
   calls.clear()
   assert run(tmp_path, "augmentations", "--rows=crop", "--columns=blur") == 0
   assert calls == ["crop-blur/linear"]
@@ -127,18 +103,18 @@ def test_a_grid_is_run_continued_and_drawn(tmp_path, calls, capsys):
 
 @pytest.fixture
 def pretended(monkeypatch):
-  """Jobs that write what the real ones leave, at once; returns what happens in the pretraining of cells, by name."""
+  """Jobs that only write the files of real ones; returns cell name -> function that its pretraining calls."""
   happens = {}
 
   def pretrained(config, workdir, **options):
-    checkpoint.claim_workdir(workdir, config.to_dict(), "pretrain", setup.FREE_KEYS)
+    config_lib.claim(workdir, config.to_dict(), "pretrain")
     happens.get(pathlib.Path(workdir).parent.name, lambda: None)()
-    telemetry.write_json(f"{workdir}/result.json", {})
+    files.write_json(f"{workdir}/result.json", {})
     (pathlib.Path(workdir) / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 2.5}) + "\n")
 
   def evaluated(config, workdir, **options):
-    checkpoint.claim_workdir(workdir, config.to_dict(), "linear_eval", setup.FREE_KEYS)
-    telemetry.write_json(f"{workdir}/result.json", {"eval/top1": 0.5})
+    config_lib.claim(workdir, config.to_dict(), "linear_eval")
+    files.write_json(f"{workdir}/result.json", {"eval/top1": 0.5})
 
   monkeypatch.setattr(pretrain, "run", pretrained)
   monkeypatch.setattr(linear_eval, "run", evaluated)
@@ -176,7 +152,7 @@ def test_the_rest_goes_on_where_a_cell_fails(tmp_path, pretended, capsys):
   assert found["0.2", "plain"]["error"] == "ZeroDivisionError: of ours"
   assert (found["0.5", "plain"]["accuracy"], found["0.5", "plain"]["train_loss"]) == (0.5, 2.5)
 
-  # Mended, the same command runs what failed; what was asked for before stays in the table.
+  # The same command runs the failed cells again; the rows of earlier commands stay in the table.
   pretended.clear()
   assert run(tmp_path, "temperature", "--rows=0.1,7", "--columns=normalized") == 0
   found = cells(tmp_path)
@@ -219,5 +195,5 @@ def test_sigterm_stops_the_whole_study(tmp_path, pretended):
 )
 def test_a_study_that_is_not_there_is_a_user_error(tmp_path, options, message):
   with pytest.raises(errors.UserError, match=message):
-    study.run(command.load_config(DEMO, {}), str(tmp_path), **options)
+    study.run(config_lib.load("study_demo"), str(tmp_path), **options)
   assert not list(tmp_path.iterdir())

@@ -1,31 +1,27 @@
 """The transfer job by its command: each data set by its own metric, none run twice, missing ones reported."""
 
+import dataclasses
 import json
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
+from runs import TINY
 
 from simclr_jax import __main__ as command
-from simclr_jax.data import pipeline, sources
+from simclr_jax import inference
+from simclr_jax.data import decode, pipeline, source, sources
 from simclr_jax.evaluation import probes
-from simclr_jax.hardware import sharding
-from simclr_jax.jobs import setup, transfer
+from simclr_jax.jobs import transfer
 
-ROOT = pathlib.Path(__file__).parents[1]
-# The config of a run on resident arrays: this job has to stream its own data sets all the same.
-TINY = {
+# The config of a run on resident arrays: this job streams its own data sets all the same.
+KEYS = {
   "checkpoint": "random",
   "data.resident": "true",
-  "data.image_size": "16",
-  "model.depth": "10",
-  "model.width": "0.0625",
-  "eval_batch_size": "32",
   "transfer.l2_strengths": "4",
   "transfer.lbfgs_steps": "30",
   "transfer.lbfgs_tolerance": "1e-2",
@@ -34,13 +30,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-  # Eight virtual ones take ten times as long to agree on each of the many small sums of a regression.
-  monkeypatch.setattr(setup, "mesh_for", lambda *_: sharding.data_mesh(jax.devices()[:1]))
-
-
-@pytest.fixture
-def quick(monkeypatch, one_device):
+def quick(monkeypatch):
   """Least squares in place of the regressions, whose search takes long to compile."""
 
   def least_squares(x, y, path, *, classes, mesh):
@@ -58,17 +48,20 @@ def quick(monkeypatch, one_device):
   monkeypatch.setattr(probes, "logistic_regression", least_squares)
 
 
+def encode_by(monkeypatch, encode):
+  """Puts a function of images in place of the network, which takes long to compile."""
+  frozen = inference.Representation(lambda _, images: encode(images), None, layer=0)
+  monkeypatch.setattr(inference, "representation", lambda run: frozen)
+
+
 @pytest.fixture
 def no_encoder(monkeypatch):
-  monkeypatch.setattr(transfer.representation, "load", lambda *_, **__: (None, None))
+  encode_by(monkeypatch, None)
 
 
 def argv(data_dir, workdir, datasets, **overrides):
-  keys = {**TINY, "data.dir": data_dir, "transfer.datasets": datasets, **overrides}
-  return [
-    *("transfer", f"--config={ROOT}/configs/cifar10.py", f"--workdir={workdir}"),
-    *(f"--config.{key}={value}" for key, value in keys.items()),
-  ]
+  keys = {**KEYS, "data.dir": data_dir, "transfer.datasets": datasets, **overrides}
+  return ["transfer", *TINY, f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in keys.items())]
 
 
 def photo(value):
@@ -131,9 +124,8 @@ def data(tmp_path_factory):
 
 
 def test_each_data_set_has_its_metric_and_is_run_once(data, tmp_path, quick, monkeypatch, capsys):
-  # The colours' means over the halves of the image: to compile a network takes longer than all the rest.
-  halves = lambda _, images: images.reshape(len(images), 2, -1, 3).mean(axis=2).reshape(len(images), 6)
-  monkeypatch.setattr(transfer.representation, "load", lambda *_, **__: (halves, None))
+  # The features are the colours' means over the halves of the image.
+  encode_by(monkeypatch, lambda images: images.reshape(len(images), 2, -1, 3).mean(axis=2).reshape(len(images), 6))
   datasets = f"voc/2007,tiny,folder:{data}/aircraft"
   assert command.main(argv(data, tmp_path, datasets)) == 0
   text = (tmp_path / "result.json").read_text()
@@ -155,11 +147,12 @@ def test_each_data_set_has_its_metric_and_is_run_once(data, tmp_path, quick, mon
   )
   assert re.search(rf"tiny +top-1 +{100 * table['tiny']['value']:.2f} +- +-", capsys.readouterr().err)
 
-  # As if the kill had come in the second data set.
+  # The state of the folder after a kill in the second data set.
   (tmp_path / "result.json").unlink()
   (tmp_path / "tiny" / "result.json").unlink()
   evaluated, evaluate = [], transfer._evaluate
-  monkeypatch.setattr(transfer, "_evaluate", lambda task, *args: evaluated.append(task.key) or evaluate(task, *args))
+  counted = lambda this, task, *args: evaluated.append(task.key) or evaluate(this, task, *args)
+  monkeypatch.setattr(transfer, "_evaluate", counted)
   assert command.main(argv(data, tmp_path, datasets)) == 0
   assert evaluated == ["tiny"]
   again = json.loads((tmp_path / "result.json").read_text())["datasets"]
@@ -170,7 +163,7 @@ def test_each_data_set_has_its_metric_and_is_run_once(data, tmp_path, quick, mon
 
 
 def test_missing_data_sets_of_the_paper_are_reported(data, tmp_path, no_encoder, monkeypatch, capsys):
-  monkeypatch.setattr(transfer, "_evaluate", lambda task, *_: {**ROW, "published": task.published})
+  monkeypatch.setattr(transfer, "_evaluate", lambda this, task, *_: {**ROW, "published": task.published})
   assert command.main(argv(data, tmp_path, "paper")) == 0
   result = json.loads((tmp_path / "result.json").read_text())
   assert list(result["datasets"]) == ["aircraft", "voc2007"]
@@ -178,7 +171,7 @@ def test_missing_data_sets_of_the_paper_are_reported(data, tmp_path, no_encoder,
   assert "prepare it with: tfds build sun397/standard-part1-120k --data_dir=" in result["missing"]["sun397"]
   assert f'no folder "{data}/birdsnap"' in result["missing"]["birdsnap"]
   assert "food101 is left out: TFDS data set" in capsys.readouterr().err
-  # What is named is wanted.
+  # A data set that is named by itself may not be missing.
   assert command.main(argv(data, tmp_path, "paper,dtd")) == 2
   assert 'TFDS data set "dtd" is not prepared' in capsys.readouterr().err
 
@@ -202,18 +195,19 @@ def test_real_images_of_parts_of_splits(tfds_dir, tmp_path, quick):
 
 
 def test_labels_of_voc_are_vectors_and_difficult_ones_do_not_count(data):
-  source = sources.load("tfds", name="voc/2007", split="train", data_dir=str(data), multi_label=True)
-  assert (source.multi_label, source.num_classes, source.class_names[5]) == (True, 20, "bus")
-  show = lambda content, seed: {"shape": tf.shape(sources.decode_image(content))}
-  (rows,) = pipeline.evaluation_batches(source, show, batch_size=32, process_index=0, process_count=1)
+  voc = source.Request("train", name="voc/2007", data_dir=str(data), multi_label=True)
+  images = sources.load("tfds", voc)
+  assert (images.multi_label, images.num_classes, images.class_names[5]) == (True, 20, "bus")
+  show = lambda content, seed: {"shape": tf.shape(decode.decode_image(content))}
+  (rows,) = pipeline.evaluation_batches(images, show, batch_size=32)
   assert rows["label"].shape == (32, 20)
   wanted = np.zeros((24, 20), np.int32)
   wanted[np.arange(24), np.arange(24) % 3] = 1
   wanted[1::4, 5], wanted[3::4, 5] = 1, -1
   np.testing.assert_array_equal(rows["label"][:24], wanted)
-  # Who did not ask for vectors sees a data set without labels.
-  source = sources.load("tfds", name="voc/2007", split="train", data_dir=str(data))
-  assert (source.multi_label, source.num_classes) == (False, 0)
+  # Without the request for vectors the data set has no labels.
+  images = sources.load("tfds", dataclasses.replace(voc, multi_label=False))
+  assert (images.multi_label, images.num_classes) == (False, 0)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +223,10 @@ def test_labels_of_voc_are_vectors_and_difficult_ones_do_not_count(data):
     ({"checkpoint": ""}, "transfer has no encoder; give --config.checkpoint=RUN"),
   ],
 )
-def test_a_mistake_gets_one_line(data, tmp_path, one_device, monkeypatch, capsys, overrides, said):
+def test_a_mistake_gets_one_line(data, tmp_path, monkeypatch, capsys, overrides, said):
   monkeypatch.setattr(transfer, "_evaluate", lambda *_: pytest.fail("computed before all was known to fit"))
   if overrides.get("checkpoint") != "":
-    monkeypatch.setattr(transfer.representation, "load", lambda *_, **__: (None, None))
+    encode_by(monkeypatch, None)
   assert command.main(argv(data, tmp_path, "tiny", **overrides)) == 2
   err = capsys.readouterr().err
   assert said in err
