@@ -147,6 +147,11 @@ class _Store(argparse.Action):
     setattr(namespace, self.dest, self._option.convert(values))
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+  def __init__(self, prog: str):
+    super().__init__(prog, max_help_position=20, width=120)
+
+
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> None:
     raise errors.UserError(f"{message}; see --help.")
@@ -261,11 +266,11 @@ def _parser() -> argparse.ArgumentParser:
     prog="simclr-jax",
     description="SimCLR in JAX.",
     epilog=f"options of all jobs:\n{USAGE}",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    formatter_class=_Formatter,
     usage="simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
     add_help=False,
   )
-  commands = parser.add_subparsers(title="jobs", metavar="", parser_class=_Parser)
+  commands = parser.add_subparsers(title="jobs", metavar="JOB", parser_class=_Parser)
   for name in jobs.JOBS:
     _add(commands, name, _doc(name).splitlines()[0].partition(": ")[2])
   for name, text in OTHERS.items():
@@ -276,12 +281,14 @@ def _parser() -> argparse.ArgumentParser:
 @functools.cache
 def _parser_of(name: str) -> argparse.ArgumentParser:
   doc = f"{name}: {OTHERS[name]}." if name in OTHERS else _doc(name)
+  arguments = "" if name == "configs" else " --config=NAME[:VARIANT] [--config.KEY=VALUE ...]"
+  arguments += "" if name in OTHERS else " --workdir=DIR"
   parser = _Parser(
     prog=f"simclr-jax {name}",
     description=doc,
     epilog=f"options of all jobs:\n{USAGE}",
-    usage=f"simclr-jax {name} --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    usage=f"simclr-jax {name}{arguments}",
+    formatter_class=_Formatter,
     add_help=False,
     allow_abbrev=False,
     argument_default=argparse.SUPPRESS,
