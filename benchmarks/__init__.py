@@ -1,1 +1,1 @@
-"""What the bench job measures, one module a subject; they stand above the jobs, whose parts they time."""
+"""What the bench job measures, one module for each section; they import the package and are no part of it."""

@@ -4,19 +4,21 @@ import contextlib
 import importlib.util
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import measure, step
-from simclr_jax import __main__ as command
-from simclr_jax import errors
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment
+from simclr_jax.data import inputs
 from simclr_jax.hardware import chips, sharding
-from simclr_jax.jobs import feed, pretrain, setup
-from simclr_jax.training import state as state_lib
+from simclr_jax.training import objectives
 
-BATCHES = "512,384,256,128,64"
+BATCHES = (512, 384, 256, 128, 64)
 STEPS = 20
 EXAMPLES = 1_281_167
 # What varies: (input, model.remat). The first two do what PyTorch does, which takes ready-made views.
@@ -28,13 +30,13 @@ INPUTS = {
   "pairs": "ready-made uint8 pairs, colours and blur in the step",
   "real": "JPEGs from the disk, colours and blur in the step",
 }
-OVERRIDES = {"augment.dtype": "bfloat16", "head.online": "false"}
-SMALL = {"model.depth": "10", "model.width": "0.0625", "data.image_size": "32"}
+OVERRIDES = {"augment.dtype": "bfloat16", "head.online": False}
+SMALL = {"model.depth": 10, "model.width": 0.0625, "data.image_size": 32}
 # Each contestant has the card for itself, one after the other.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
 
 
-def run(*, data_dir: str, batches: list[int], small: bool, rounds: int) -> dict:
+def run(*, data_dir: str, batches: Sequence[int], small: bool, rounds: int) -> dict:
   """Prints and returns the rates at the largest of some batch sizes that fits ours and PyTorch's step.
 
   Args:
@@ -46,7 +48,7 @@ def run(*, data_dir: str, batches: list[int], small: bool, rounds: int) -> dict:
   overrides = {**OVERRIDES, **(SMALL if small else {})}
   steps, variants = (2, SMALL_VARIANTS) if small else (STEPS, VARIANTS)
   for batch in sorted(batches, reverse=True):
-    overrides["batch_size"] = str(batch)
+    overrides["batch_size"] = batch
     ours = measure.alone(rates, overrides, variants, rounds, steps, environment=ENVIRONMENT)
     theirs, left_out = _pytorch(overrides, rounds, steps, compiled=not small)
     ready = [row for row in ours["rows"] if row["input"] == "views" and "seconds" in row]
@@ -54,7 +56,8 @@ def run(*, data_dir: str, batches: list[int], small: bool, rounds: int) -> dict:
       break
     measure.say(f"a batch of {batch} images does not fit both")
   else:
-    raise errors.UserError(f"none of the batches {batches} fits the card; give smaller ones with --batches=32,16.")
+    tried = ", ".join(map(str, batches))
+    raise errors.UserError(f"none of the batches {tried} fits the card; give smaller ones with --batches=32,16.")
   rows = ours["rows"] + ([] if left_out else [theirs])
   if data_dir and importlib.util.find_spec("tensorflow"):
     real = {**overrides, "data.dir": data_dir}
@@ -75,7 +78,7 @@ def run(*, data_dir: str, batches: list[int], small: bool, rounds: int) -> dict:
   return {**result, "headline": _headline(rows, ours)}
 
 
-def rates(overrides: dict[str, str], variants, rounds: int, steps: int) -> dict:
+def rates(overrides: dict[str, Any], variants: Sequence[tuple[str, str]], rounds: int, steps: int) -> dict:
   """Returns a row for each variant of our step on one device of this process; one that does not fit says so.
 
   Args:
@@ -87,7 +90,7 @@ def rates(overrides: dict[str, str], variants, rounds: int, steps: int) -> dict:
   rows = []
   for source, remat in variants:
     row = {"name": "ours", "input": source, "remat": remat}
-    config = command.load_config(f"{command.ROOT / 'configs' / 'imagenet.py'}:v1", {**overrides, "model.remat": remat})
+    config = config_lib.load("imagenet:v1", {**overrides, "model.remat": remat})
     try:
       measured = _rates_of(config, source, rounds, steps)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -100,7 +103,7 @@ def rates(overrides: dict[str, str], variants, rounds: int, steps: int) -> dict:
     "rows": rows,
     "device": device.device_kind,
     "peak": chips.peak_of([device]),
-    "flops_per_image": _flops(config) / config.batch_size,
+    "flops_per_image": _flops(_experiment(config)) / config.batch_size,
     "depth": config.model.depth,
     "size": config.data.image_size,
   }
@@ -108,56 +111,59 @@ def rates(overrides: dict[str, str], variants, rounds: int, steps: int) -> dict:
 
 def _rates_of(config, source, rounds, steps):
   """Returns the seconds of a step of one variant."""
-  mesh = pretrain.mesh_of(config, jax.devices()[:1])
-  model, tx, schedule, _ = pretrain.parts_of(config, examples=EXAMPLES, classes=0)
-  images = _real(config, mesh) if source == "real" else _ready(config, source, mesh)
-  params, batch_stats = state_lib.variables(model, config.data.image_size, config.seed, mesh)
-  state = state_lib.create(params, batch_stats, tx)
-  taken = images.steps(pretrain.step_of(config, model, tx, schedule, mesh, images.prepare), state)
+  if source == "real":
+    # A sample of the data may be smaller than a batch.
+    most = _experiment(config).train.num_examples // config.data.shards * config.data.shards
+    config.batch_size = min(config.batch_size, most)
+  this = _experiment(config)
+  model, optimizer = this.network.pretraining_model(classes=0), this.optimizer(EXAMPLES)
+  if source == "real":
+    images = this.pairs(this.train)
+    prepare, feeding = images.prepare, images.feeding(0)
+  else:
+    prepare, batch = _ready(this, source)
+    feeding = contextlib.nullcontext(lambda count: (batch,))
+  state = this.state(model, optimizer.tx)
+  step_fn = inputs.jit_step(this.step(this.contrastive(model, prepare), optimizer), this.mesh, state)
   seconds = []
-  with taken.feeding(0) if source == "real" else contextlib.nullcontext(images.batches) as arguments:
+  with feeding as arguments:
     for _ in range(1 + rounds):
       begin = time.perf_counter()
       for _ in range(steps):
-        state, metrics = taken.step_fn(state, *arguments(1))
+        state, metrics = step_fn(state, *arguments(1))
       jax.block_until_ready((state, metrics))
       seconds.append((time.perf_counter() - begin) / steps)
   return {"batch": config.batch_size, "seconds": statistics.median(seconds[1:]), "rounds": seconds[1:]}
 
 
-def _ready(config, source, mesh) -> feed.Feed:
-  """Returns a feed whose `batches` gives the arguments of every step: the same batch, on the device already."""
-  rng, count, size = np.random.default_rng(0), config.batch_size, config.data.image_size
+def _experiment(config) -> experiment.Experiment:
+  return experiment.Experiment(config, "pretrain", devices=jax.devices()[:1])
+
+
+def _ready(this, source) -> tuple[inputs.Prepare, inputs.Batch]:
+  """Returns the step's part of the augmentation, and the batch of every step, which is on the device already."""
+  rng, count, size = np.random.default_rng(0), this.config.batch_size, this.config.data.image_size
   pairs = rng.integers(0, 256, (count, 2, size, size, 3), np.uint8)
   index = np.arange(count, dtype=np.int32)
-  rows = {"views": pairs, "label": index * 0, "index": index, "epoch": index * 0}
-  prepare = feed.law_of_pairs(config)[1]
   if source == "views":
-    rows, prepare = {"views": pairs.astype(np.float32) / 255, "label": index * 0}, lambda batch: batch
-  batch = sharding.global_batch(mesh, rows)
-  return feed.Feed(mesh, prepare, batches=lambda _: (batch,))
+    rows = {"views": pairs.astype(np.float32) / 255, "label": index * 0}
+    return objectives.as_it_is, sharding.global_batch(this.mesh, rows)
+  rows = {"views": pairs, "label": index * 0, "index": index, "epoch": index * 0}
+  return this.prepare_pairs, sharding.global_batch(this.mesh, rows)
 
 
-def _real(config, mesh) -> feed.Feed:
-  train = setup.source_of(config, config.data.train_split)
-  # A sample of the data may be smaller than a batch.
-  config.batch_size = min(config.batch_size, train.num_examples // config.data.shards * config.data.shards)
-  return feed.pairs(config, train, mesh)
-
-
-def _flops(config) -> int:
+def _flops(this) -> int:
   """Returns the model FLOPs of one step."""
-  mesh = sharding.data_mesh(jax.devices()[:1])
-  model, tx, _, _ = pretrain.parts_of(config, examples=EXAMPLES, classes=0)
-  state = state_lib.abstract(model, config.data.image_size, tx, mesh, split=False)
-  return pretrain.step_flops(config, pretrain.forward_flops(config, model, state))
+  model = this.network.pretraining_model(classes=0)
+  state = this.abstract_state(model, this.optimizer(EXAMPLES).tx)
+  return this.network.step_flops(this.network.forward_flops(model, state))
 
 
 def _pytorch(overrides, rounds, steps, *, compiled):
   """Returns (row, "") of PyTorch's step on ready-made views, or ({}, why it is left out)."""
   if importlib.util.find_spec("torch") is None:
     return {}, "PyTorch is left out: it is not installed; `pip install -e '.[bench]'` brings it."
-  config = command.load_config(f"{command.ROOT / 'configs' / 'imagenet.py'}:v1", overrides)
+  config = config_lib.load("imagenet:v1", overrides)
   keys = {**step.config_keys(config), "compiled": compiled}
   try:
     return measure.alone(_pytorch_rates, keys, rounds, steps), ""

@@ -2,43 +2,45 @@
 
 import datetime
 import time
+from typing import Any
 
 import jax
 from etils import epath
 
 from benchmarks import measure, step
 from simclr_jax import inference
-from simclr_jax.evaluation import neighbours
-from simclr_jax.jobs import feature_eval, pretrain, setup
+from simclr_jax.evaluation import features, neighbours
+from simclr_jax.jobs import linear_eval, pretrain
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1
 # lightly's own figures for 200 epochs with batches of 512, from its documentation.
 PUBLISHED = {"minutes": 87.1, "knn_top1": 0.848}
 OVERRIDES = {
   "data.source": "arrays",
-  "data.resident": "true",
+  "data.resident": True,
   "model.dtype": "bfloat16",
   "augment.dtype": "bfloat16",
-  "evaluate_every_epochs": "0",
-  "checkpoint_every_epochs": "50",
+  "evaluate_every_epochs": 0.0,
+  "checkpoint_every_epochs": 50.0,
+  "linear_eval.protocol": "features",
 }
 SMALL = {
   "data.source": "shapes",
-  "data.examples": "96",
-  "data.image_size": "16",
-  "batch_size": "16",
-  "eval_batch_size": "32",
+  "data.examples": 96,
+  "data.image_size": 16,
+  "batch_size": 16,
+  "eval_batch_size": 32,
   "model.dtype": "float32",
   "augment.dtype": "float32",
-  "model.depth": "10",
-  "model.width": "0.0625",
-  "head.out_dim": "8",
+  "model.depth": 10,
+  "model.width": 0.0625,
+  "head.out_dim": 8,
   "probes.learning_rates": "0.1",
   "probes.weight_decays": "0.0",
   "probes.l2_strengths": "1e-2",
-  "probes.epochs": "1",
-  "probes.batch_size": "16",
-  "probes.lbfgs_steps": "20",
+  "probes.epochs": 1,
+  "probes.batch_size": 16,
+  "probes.lbfgs_steps": 20,
 }
 
 
@@ -56,7 +58,7 @@ def run(workdir: str, *, npz: str, epochs: float, steps: int, small: bool) -> di
     reason = "cifar is left out: no --npz=FILE with CIFAR-10's train and test images"
     measure.say(reason)
     return {"left_out": reason}
-  overrides = {**OVERRIDES, "total_epochs": str(epochs), "total_steps": str(steps), "data.dir": npz}
+  overrides = {**OVERRIDES, "total_epochs": epochs, "total_steps": steps, "data.dir": npz}
   # Of its own, because a run that is there already would go on and take no time.
   folder = epath.Path(workdir) / f"cifar_{datetime.datetime.now():%Y%m%dT%H%M%S}"
   result = measure.alone(train_and_evaluate, {**overrides, **(SMALL if small else {})}, str(folder))
@@ -72,14 +74,15 @@ def run(workdir: str, *, npz: str, epochs: float, steps: int, small: bool) -> di
   return {**result, "published": PUBLISHED, "headline": {**ratio, "pretrain_minutes": minutes, **accuracies}}
 
 
-def train_and_evaluate(overrides: dict[str, str], workdir: str) -> dict:
+def train_and_evaluate(overrides: dict[str, Any], workdir: str) -> dict:
   """Returns seconds and held-out accuracies of pretraining, kNN and linear evaluation.
 
   Args:
     overrides: of configs/cifar10.py.
     workdir: of the runs.
   """
-  config = step.config_of(overrides)
+  this = step.experiment_of(overrides)
+  config = this.config
   folder = epath.Path(workdir)
   seconds = {}
   begin = time.monotonic()
@@ -88,23 +91,21 @@ def train_and_evaluate(overrides: dict[str, str], workdir: str) -> dict:
   config.checkpoint = str(folder / "pretrain")
 
   begin = time.monotonic()
-  train, held_out = (setup.source_of(config, split) for split in (config.data.train_split, config.data.eval_split))
+  train, held_out = this.train, this.held_out
   encode, _ = inference.load_encoder(config.checkpoint)
+  known, test = (features.Features(encode(images.images), images.labels()) for images in (train, held_out))
   (found,) = neighbours.accuracies(
-    encode(train.images),
-    train.labels,
-    encode(held_out.images),
-    held_out.labels,
+    known,
+    test,
     neighbours=[min(NEIGHBOURS, train.num_examples)],
     temperatures=[TEMPERATURE],
     classes=train.num_classes,
   )
   seconds["knn"] = time.monotonic() - begin
   begin = time.monotonic()
-  linear = feature_eval.run(config, str(folder / "linear"))
+  linear = linear_eval.run(config, str(folder / "linear"))
   seconds["linear"] = time.monotonic() - begin
-  # The whole run by `total_steps` where that is given.
-  steps = pretrain.parts_of(config, examples=train.num_examples, classes=0)[3]
+  steps = this.optimizer(train.num_examples).total_steps
   return {
     "seconds": seconds,
     "knn_top1": found["top1"],

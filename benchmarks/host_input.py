@@ -1,6 +1,6 @@
 """host_input: how fast the host decodes and augments images at 224, one pinned thread and all of them."""
 
-import functools
+import dataclasses
 import importlib.util
 import io
 import os
@@ -105,25 +105,24 @@ def _unpinned(data_dir, seconds):
 def _measurements(data_dir, seconds):
   import tensorflow as tf
 
-  from simclr_jax.data import host_augment, pipeline
+  from simclr_jax.data import host_augment, order, pipeline
+  from simclr_jax.data.distortion import Distortion
 
   source = _source(data_dir)
-  crops = lambda content, seed, **knobs: host_augment.two_crops(content, seed, size=SIZE, **knobs)
-  views = lambda content, seed, blur: host_augment.two_views(content, seed, size=SIZE, blur=blur)
-  bilinear = lambda content, seed: crops(content, seed, resize="bilinear")
+  crops = lambda content, seed: host_augment.two_crops(content, seed, Distortion(SIZE))
+  bilinear = lambda content, seed: host_augment.two_crops(content, seed, Distortion(SIZE, resize="bilinear"))
+  views = lambda content, seed, **blur: host_augment.two_views(content, seed, Distortion(SIZE, **blur))
   transforms = {
-    # Its size is enough to have it decoded.
+    # The shape is enough to have the image decoded.
     "decode": lambda content, seed: {"x": tf.shape(tf.io.decode_jpeg(content, channels=3))},
-    "host": lambda content, seed: {"x": views(content, seed, False)},
-    "host_blur": lambda content, seed: {"x": views(content, seed, True)},
+    "host": lambda content, seed: {"x": views(content, seed, blur_probability=0.0)},
+    "host_blur": lambda content, seed: {"x": views(content, seed)},
     "crops": lambda content, seed: {"x": crops(content, seed)},
     "crops_bilinear": lambda content, seed: {"x": bilinear(content, seed)},
     "both": lambda content, seed: {"bicubic": crops(content, seed), "bilinear": bilinear(content, seed)},
   }
-  order = {"batch_size": BATCH, "shards": SHARDS, "seed": 0, "start_step": 0, "shuffle_window": 100}
-  batches = lambda name, threads: pipeline.train_batches(
-    source, transforms[name], process_index=0, process_count=1, threads=threads, **order
-  )
+  examples = order.Order(BATCH, SHARDS, seed=0, shuffle_window=100)
+  batches = lambda name, threads: pipeline.train_batches(source, transforms[name], examples, threads=threads)
 
   def measured(what, name=""):
     if what == "about":
@@ -181,13 +180,14 @@ def _error(batches) -> dict:
 
 def _source(data_dir):
   """Returns encoded images in memory."""
-  from simclr_jax.data import arrays, sources
+  from simclr_jax.data import arrays, source, sources
 
   if data_dir:
-    load = functools.partial(sources.load, "tfds", name="imagenet2012", data_dir=data_dir)
-    return load(split=f"train[:{min(KEPT, load(split='train').num_examples)}]", cache=True)
+    whole = source.Request("train", name="imagenet2012", data_dir=data_dir)
+    count = min(KEPT, sources.load("tfds", whole).num_examples)
+    return sources.load("tfds", dataclasses.replace(whole, split=f"train[:{count}]", cache=True)).stored()
   encoded = np.array([made_jpeg(number) for number in range(MADE)], object)
-  return sources.in_memory(arrays.Arrays("noise", encoded, np.full(MADE, -1, np.int32), ()))
+  return arrays.Arrays("noise", encoded, np.full(MADE, -1, np.int32), ()).stored()
 
 
 def made_jpeg(number: int) -> bytes:

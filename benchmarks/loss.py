@@ -4,6 +4,7 @@ import importlib.util
 import multiprocessing
 import pathlib
 import statistics
+from collections.abc import Sequence
 from concurrent import futures
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 
 from benchmarks import measure
-from simclr_jax import errors, losses
+from simclr_jax import losses
 
 DIM = 128
 TEMPERATURE = 0.1
@@ -22,8 +23,8 @@ MEMORY_SHARE = 0.6
 MAX_SECONDS = 400
 
 
-def run(batch_sizes: list[int]) -> dict:
-  """Prints the table and returns a row for each loss and batch size N, each on one device.
+def run(batch_sizes: Sequence[int]) -> dict:
+  """Prints the table and returns a row for each loss and batch size N, ascending, each on one device.
 
   Beyond the memory that is free the compiled figure alone is shown. lightly's NTXentLoss takes part on a CPU where
   torch and lightly are installed.
@@ -39,7 +40,7 @@ def run(batch_sizes: list[int]) -> dict:
   columns = f"{'N':>6}  {'loss':<10}{'of dense':>10}{'time':>10}{'of dense':>10}{'memory':>12}{'GFLOP/s':>9}"
   measure.say(f"{result['what']}\n\n{columns}")
   previous = {}
-  for n in batch_sizes:
+  for n in sorted(batch_sizes):
     of_size = {}
     for name, row_of in contestants.items():
       row = {"n": n, "loss": name, **row_of(n, previous.get(name))}
@@ -177,14 +178,6 @@ def _reason_not_to_time(n, temporaries, previous) -> str:
   if expected > MAX_SECONDS:
     return f"not timed: would take about {expected:.0f} s"
   return ""
-
-
-def parsed(sizes: str) -> list[int]:
-  """Returns the batch sizes of --sizes=1024,2048, smallest first."""
-  parts = sizes.split(",")
-  if not all(part.isdecimal() and int(part) > 1 for part in parts):
-    raise errors.UserError(f"--sizes={sizes} is not a list of batch sizes; give numbers from 2, such as 1024,2048.")
-  return sorted(map(int, parts))
 
 
 def _add_ratios(row: dict, dense_row: dict) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 ROUNDS = 5
 # What takes longer than this is run once, without a warm-up.

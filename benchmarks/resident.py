@@ -1,44 +1,42 @@
 """resident: what input and augmentation take of a step on data that is on the devices."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure, step
-from simclr_jax.jobs import feed, pretrain, setup
-from simclr_jax.training import state as state_lib
 
 OVERRIDES = {
-  "data.resident": "true",
+  "data.resident": True,
   "data.source": "shapes",
-  "data.examples": "5000",
-  "batch_size": "64",
+  "data.examples": 5000,
+  "batch_size": 64,
 }
-# The input is short: so many of them are one measurement.
+# One input is short against the clock: a measurement is the mean of so many.
 INPUTS = 10
 
 
-def run(overrides: dict[str, str] | None = None, rounds: int = measure.ROUNDS) -> dict:
+def run(overrides: dict[str, Any] | None = None, rounds: int = measure.ROUNDS) -> dict:
   """Prints and returns the seconds of a step with its input, of the input alone, and their ratio.
 
   Args:
     overrides: of the config, for a smaller network.
     rounds: of which the medians are taken.
   """
-  config = step.config_of({**OVERRIDES, **(overrides or {})})
-  mesh = pretrain.mesh_of(config, jax.devices()[:1])
-  train = setup.source_of(config, config.data.train_split)
-  model, tx, schedule, _ = pretrain.parts_of(config, examples=train.num_examples, classes=train.num_classes)
-  images = feed.pairs(config, train, mesh)
-  params, batch_stats = state_lib.variables(model, config.data.image_size, config.seed, mesh)
-  state = [state_lib.create(params, batch_stats, tx)]
-  steps = images.steps(pretrain.step_of(config, model, tx, schedule, mesh, images.prepare), state[0])
-  # All of what the loop jits together, but for the network.
+  this = step.experiment_of({**OVERRIDES, **(overrides or {})})
+  config, train = this.config, this.train
+  model, optimizer = this.network.pretraining_model(train.num_classes), this.optimizer(train.num_examples)
+  images = this.pairs(train)
+  state = [this.state(model, optimizer.tx)]
+  step_fn = images.jit(this.step(this.contrastive(model, images.prepare), optimizer), state[0])
+  # What the loop compiles together with the network.
   prepared = jax.jit(lambda dataset, number: images.prepare(images.batch_of(dataset, number))["views"])
 
   def whole():
-    with steps.feeding(0) as arguments:
-      state[0], metrics = steps.step_fn(state[0], *arguments(1))
+    with images.feeding(0) as arguments:
+      state[0], metrics = step_fn(state[0], *arguments(1))
     jax.block_until_ready((state[0], metrics))
 
   def alone():

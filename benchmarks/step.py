@@ -2,56 +2,58 @@
 
 import contextlib
 import importlib.util
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import loss, measure, plain
-from simclr_jax import __main__ as command
+from simclr_jax import config as config_lib
+from simclr_jax import experiment
+from simclr_jax.data import inputs
 from simclr_jax.hardware import sharding
-from simclr_jax.jobs import pretrain, setup
 from simclr_jax.models import simclr
-from simclr_jax.training import state as state_lib
+from simclr_jax.training import objectives
 
 IMAGES = 64
 EXAMPLES = 50_000
 # The recipe of CIFAR-10 with the loss that the others have, and without a classifier beside it.
 OVERRIDES = {
-  "loss.temperature": str(loss.TEMPERATURE),
-  "head.out_dim": str(loss.DIM),
-  "head.online": "false",
-  "batch_size": str(IMAGES),
+  "loss.temperature": loss.TEMPERATURE,
+  "head.out_dim": loss.DIM,
+  "head.online": False,
+  "batch_size": IMAGES,
 }
 
 
-def config_of(overrides: dict[str, str]):
-  """Returns configs/cifar10.py with some keys changed."""
-  return command.load_config(str(command.ROOT / "configs" / "cifar10.py"), overrides)
+def experiment_of(overrides: dict[str, Any]) -> experiment.Experiment:
+  """Returns pretraining by configs/cifar10.py with some keys changed, on the first device."""
+  return experiment.Experiment(config_lib.load("cifar10", overrides), "pretrain", devices=jax.devices()[:1])
 
 
-def run(overrides: dict[str, str] | None = None, rounds: int = measure.ROUNDS) -> dict:
+def run(overrides: dict[str, Any] | None = None, rounds: int = measure.ROUNDS) -> dict:
   """Prints and returns seconds of a step, forward, loss, gradients and LARS, in float32 on one device.
 
   Args:
     overrides: of the config, for a smaller network.
     rounds: of which the medians are taken.
   """
-  config = config_of({**OVERRIDES, **(overrides or {})})
-  mesh = pretrain.mesh_of(config, jax.devices()[:1])
-  model, tx, schedule, _ = pretrain.parts_of(config, examples=EXAMPLES, classes=0)
-  params, batch_stats = state_lib.variables(model, config.data.image_size, config.seed, mesh)
+  this = experiment_of({**OVERRIDES, **(overrides or {})})
+  config, parts = this.config, this.network
+  model, optimizer = parts.pretraining_model(classes=0), this.optimizer(EXAMPLES)
+  state = this.state(model, optimizer.tx)
   # Copies, because the state of ours is donated.
-  other = jax.device_put(jax.device_get((params, batch_stats, tx.init(params))), jax.devices()[0])
-  state = state_lib.create(params, batch_stats, tx)
-  flops = pretrain.step_flops(config, pretrain.forward_flops(config, model, state))
+  held = jax.device_get((state.params, state.batch_stats, state.opt_state))
+  other = jax.device_put(held, jax.devices()[0])
+  flops = parts.step_flops(parts.forward_flops(model, state))
   views = np.random.default_rng(0).random((config.batch_size, 2, *[config.data.image_size] * 2, 3), np.float32)
   batch = {"views": views, "label": np.zeros(config.batch_size, np.int32)}
-  batch = sharding.global_batch(mesh, batch)
-  ours = setup.jitted(pretrain.step_of(config, model, tx, schedule, mesh, lambda rows: rows), mesh, state)
-  network = simclr.SimCLR(plain.ResNet(config.model.depth, config.model.width), setup.projection_head_of(config))
+  batch = sharding.global_batch(this.mesh, batch)
+  ours = inputs.jit_step(this.step(this.contrastive(model, objectives.as_it_is), optimizer), this.mesh, state)
+  network = simclr.SimCLR(plain.ResNet(config.model.depth, config.model.width), parts.projection_head())
   contestants = {
     "ours": _again(ours, state, batch),
-    "plain_flax": _again(plain.step_of(network, tx), other, jax.device_put(views, jax.devices()[0])),
+    "plain_flax": _again(plain.step_of(network, optimizer.tx), other, jax.device_put(views, jax.devices()[0])),
   }
   measure.say(
     f"seconds of a step: ResNet-{config.model.depth}, {2 * config.batch_size} views of {config.data.image_size} "

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Options, messages and processes of the launch scripts, which source this file; by itself it does nothing.
+# Option parsing, messages and process control shared by the launch scripts, which source this file.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "${0##*/}: bash is $BASH_VERSION, wanted 4.4 or newer; on macOS: brew install bash." >&2
@@ -10,29 +10,29 @@ program=${0##*/}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -d $root/.venv/bin ]]; then PATH=$root/.venv/bin:$PATH; fi
 
-# What a launcher answers when the machines went away under the job (EX_TEMPFAIL); the same command continues.
+# Exit codes. LOST (EX_TEMPFAIL): the machines disappeared while the job ran; the same command continues the run.
 readonly LOST=75 TERMINATED=143 MISTAKE=2
 whole='[1-9][0-9]{0,8}'
 seconds='[0-9]{1,6}(\.[0-9]{1,3})?'
 
-declare -A options=() # Every option of the script with its default; true or false makes it a flag.
-words=()              # What stands before -- without dashes.
-command=()            # What follows --, untouched.
-children=()           # Process groups that run now.
-killers=()            # Background shells that will send KILL.
-stopping=             # Not empty once this script was told to stop.
-patience=             # Seconds from TERM to KILL, where --grace is somebody else's.
-code=0                # Of the last process that was waited for.
+declare -A options=() # Every option of the script with its default; a default of true or false makes it a flag.
+words=()              # Positional arguments before --.
+command=()            # The arguments after --, unchanged.
+children=()           # Process groups that are running.
+killers=()            # Background shells that send KILL after the grace period.
+stopping=             # Not empty once this script has received TERM, INT or HUP.
+patience=             # Seconds from TERM to KILL where --grace is passed on to another script; empty: --grace.
+code=0                # Exit code of the last process that was waited for.
 
 say() { [[ ${options[dry_run]-} == true ]] || printf '%s: %s\n' "$program" "$*" >&2; }
 
-# fail NAME MESSAGE: a mistake of the user's, in one line.
+# fail NAME MESSAGE: reports a mistake in the input in one line and exits with 2.
 fail() {
   printf '%s %s: %s\n' "$program" "$1" "$2" >&2
   exit "$MISTAKE"
 }
 
-# Prints the words as one line that a shell reads back as they are.
+# Prints the words as one line, quoted for a shell.
 quoted() {
   local word line=
   for word; do
@@ -41,10 +41,10 @@ quoted() {
   printf '%s' "${line# }"
 }
 
-# The comment at the head of a script is its help.
+# Prints the comment at the top of the script, which is its help.
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
 
-# Reads a script's arguments into options, words and command.
+# Parses a script's arguments into options, words and command.
 parse() {
   local name
   while (($#)); do
@@ -75,14 +75,14 @@ parse_option() {
   if [[ ${options[$name]} == true || ${options[$name]} == false ]]; then
     if [[ $1 != *=* ]]; then value=true; fi
     [[ $value == true || $value == false ]] ||
-      fail "--$name" "got $(quoted "$value"), wanted true or false; leave the value out to turn it on."
+      fail "--$name" "got $(quoted "$value"), wanted true or false; without a value it is true."
   elif [[ $1 != *=* ]]; then
     fail "--$name" "got no value, wanted one; write --$name=VALUE."
   fi
   options[$name]=$value
 }
 
-# check NAME PATTERN WHAT EXAMPLE: the option's value is of that form.
+# check NAME PATTERN WHAT EXAMPLE: exits with 2 unless the option's value matches the pattern.
 check() {
   local value=${options[$1]} shown=nothing
   if [[ -n $value ]]; then shown=$(quoted "$value"); fi
@@ -90,7 +90,7 @@ check() {
 }
 
 check_command() {
-  ((${#command[@]})) || fail -- "got no command, wanted the job's; end with -- python -m simclr_jax JOB ..."
+  ((${#command[@]})) || fail -- "got no command, wanted one; end with -- python -m simclr_jax JOB ..."
 }
 
 check_no_words() {
@@ -118,7 +118,7 @@ check_bucket() {
     fail --workdir "got $(quoted "${workdir:-nothing}"), wanted a bucket, since $1; say --workdir=gs://BUCKET/FOLDER."
 }
 
-# The options that name a TPU VM.
+# Checks the options that describe a TPU VM.
 check_tpu() {
   check name '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' "lower-case letters, digits and dashes" simclr
   check zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone" us-west4-a
@@ -131,7 +131,7 @@ check_tpu() {
   fi
 }
 
-# The software for JAX on that type of TPU.
+# Prints the runtime version that JAX needs on this type of TPU.
 tpu_version() {
   local software=tpu-ubuntu2204-base
   case ${options[accelerator_type]} in
@@ -142,18 +142,20 @@ tpu_version() {
   echo "${options[version]:-$software}"
 }
 
-# --- Processes. Each runs in a group of its own, so that nothing of it is left behind.
+# Job control puts each background process in a process group of its own; signals go to whole groups, so that no
+# grandchild is left behind.
 set -m
 
-# Runs a command in the background, with the caller's redirections; reading the terminal there would stop it for ever.
+# Starts a command in the background with the caller's redirections. Its standard input is /dev/null, because a
+# background process that reads the terminal is stopped by SIGTTIN.
 spawn() {
   "$@" </dev/null &
   children+=("$!")
-  # A signal that came before the line above has missed it.
+  # A signal that arrived before the line above has not reached this child.
   if [[ -n $stopping ]]; then terminate; fi
 }
 
-# Sends TERM to what runs, and KILL when the grace period is over.
+# Sends TERM to all children, and KILL after the grace period.
 terminate() {
   local groups=("${children[@]/#/-}")
   ((${#children[@]})) || return 0
@@ -165,7 +167,7 @@ terminate() {
   killers+=("$!")
 }
 
-# wait_for PID: sets code, however often a signal interrupts the waiting.
+# wait_for PID: waits for the process and sets code. Repeats the wait because every trapped signal interrupts it.
 wait_for() {
   {
     while kill -0 "$1"; do wait "$1" || true; done
@@ -174,7 +176,7 @@ wait_for() {
   } 2>/dev/null
 }
 
-# Runs one command to its end; true if it succeeded.
+# Runs one command and waits for it; true if it exited with 0.
 attend() {
   spawn "$@"
   wait_for "${children[-1]}"
@@ -193,7 +195,7 @@ on_signal() {
   terminate
 }
 
-# Ends what an error of the script itself would leave behind.
+# Terminates the children that are still running when the script exits.
 end_children() {
   local child
   if ((${#children[@]})); then
@@ -203,16 +205,17 @@ end_children() {
   end_killers
 }
 
-# From here on TERM, Ctrl-C and a closed terminal go to the children as TERM.
+# Forwards TERM, INT and HUP to the children as TERM from here on.
 take_signals() {
   trap on_signal TERM INT HUP
   trap end_children EXIT
 }
 
-# --- Commands of the cloud's. With --dry-run they are printed to the script's output and taken to succeed.
+# With --dry-run, commands are printed here, to the script's own standard output, even inside $(...); each counts as
+# successful.
 exec 3>&1
 
-# Runs a command, shown first.
+# Prints a command and runs it.
 perform() {
   if [[ ${options[dry_run]} == true ]]; then
     printf '%s\n' "$(quoted "$@")" >&3
@@ -222,7 +225,7 @@ perform() {
   attend "$@"
 }
 
-# ask ANSWER COMMAND...: prints what the command says; with --dry-run, ANSWER.
+# ask ANSWER COMMAND...: prints the output of the command; with --dry-run, ANSWER.
 ask() {
   if [[ ${options[dry_run]} == true ]]; then
     printf '%s\n' "$(quoted "${@:2}")" >&3
@@ -236,12 +239,12 @@ pause() {
   [[ ${options[dry_run]} == true ]] || attend sleep "${options[poll]}" || true
 }
 
-# --- What is billed. A script that makes such a thing sets these three.
-thing=''   # its name, for messages
-describe=() # exits with 0 while it exists
-remove=()   # deletes it
+# The billed resource. A script that creates one sets these three.
+resource=''  # its name, for messages
+describe=() # the command that exits with 0 while it exists
+remove=()   # the command that deletes it
 
-# Whether the cloud says outright that there is no such thing; silence or another error is no proof.
+# True only if the cloud answers that the resource does not exist; no answer or another error proves nothing.
 is_gone() {
   local answer
   if [[ ${options[dry_run]} == true ]]; then
@@ -252,27 +255,28 @@ is_gone() {
   [[ $answer == *NOT_FOUND* || $answer == *"(NotFound)"* ]]
 }
 
-# Only what a script made may it delete, so the name must be free.
+# A script deletes only what it created itself, so the name must not be in use.
 check_free() {
-  is_gone || fail --name "$thing exists already or the cloud does not answer, wanted a new name; see $(quoted "${describe[@]}")."
+  is_gone || fail --name "$resource exists already or the cloud does not answer, wanted a new name; see $(quoted "${describe[@]}")."
 }
 
-# Deletes the thing and says so only when it is gone.
+# Deletes the resource, and reports that only when the deletion is confirmed.
 delete() {
   local try
   for try in 1 2 3 4 5; do
     if perform "${remove[@]}" || is_gone; then
-      say "$thing is deleted."
+      say "$resource is deleted."
       return
     fi
-    say "deleting $thing failed (try $try of 5)."
+    say "deleting $resource failed (try $try of 5)."
     pause
   done
-  say "NOT DELETED, STILL BILLED: $thing. Run: $(quoted "${remove[@]}")"
+  say "NOT DELETED, STILL BILLED: $resource. Run: $(quoted "${remove[@]}")"
   return 1
 }
 
-# stop_with MESSAGE: ends after a failed command of the cloud's, whose 2 is not a mistake in the job's input.
+# stop_with MESSAGE: exits after a cloud command failed. Its exit code 2 becomes 1, because 2 means a mistake in the
+# job's input.
 stop_with() {
   say "$1 (exit code $code)."
   if [[ -n $stopping ]]; then exit "$TERMINATED"; fi

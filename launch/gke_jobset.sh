@@ -4,29 +4,29 @@
 #   launch/gke_jobset.sh ACTION --name=NAME [OPTIONS] [-- python -m simclr_jax JOB ... --workdir=gs://BUCKET/FOLDER]
 #
 # Actions:
-#   render          prints the manifest, made from gke_jobset.yaml
+#   render          prints the manifest, filled in from gke_jobset.yaml
 #   run             applies it, follows the log of the first host to the end, deletes the JobSet; also after an error,
 #                   TERM or Ctrl-C (the job saves its state), unless --keep
 #   apply           applies it and returns
-#   log, status     of a JobSet that runs
-#   delete          deletes the JobSet, and says so only when it is gone
+#   log, status     log or state of a running JobSet
+#   delete          deletes the JobSet, and reports that only when the deletion is confirmed
 #
 # The cluster (kubectl's current one) needs the JobSet controller, the image (launch/Dockerfile) and a TPU node pool.
-# The script makes and deletes no nodes: a pool that does not scale to zero by itself stays billed. With several hosts
+# The script creates and deletes no nodes: a pool that does not scale to zero stays billed. With several hosts
 # --processes=auto is added. A host that fails or is preempted restarts the JobSet, and the job continues; a mistake in
-# the input (exit code 2) ends it. The exit code is 0 if the job finished, 1 if it failed, 143 if told to stop.
+# the input (exit code 2) ends it. The exit code is 0 if the job finished, 1 if it failed, 143 if stopped.
 #
-#   --image=IMAGE             that a push of launch/Dockerfile's made
-#   --accelerator=TYPE        of the node pool, such as tpu-v5-lite-podslice, tpu-v6e-slice
-#   --topology=TOPOLOGY       of the slice, in chips, such as 4x4
-#   --chips_per_host=4        of the node pool's machine type; a slice of less has one host with all
-#   --spot                    on the pool's spot nodes
-#   --max_restarts=20         of the whole JobSet
+#   --image=IMAGE             image built from launch/Dockerfile
+#   --accelerator=TYPE        type of the node pool, such as tpu-v5-lite-podslice, tpu-v6e-slice
+#   --topology=TOPOLOGY       topology of the slice in chips, such as 4x4
+#   --chips_per_host=4        chips of the node pool's machine type; a smaller slice is one host
+#   --spot                    use the pool's spot nodes
+#   --max_restarts=20         restarts of the whole JobSet
 #   --grace=120               seconds between TERM and KILL
 #   --namespace=NAMESPACE     default: kubectl's
 #   --service_account=NAME    Kubernetes account that may write to the bucket; default: the namespace's
-#   --keep                    run leaves the JobSet
-#   --poll=30                 seconds between questions
+#   --keep                    run does not delete the JobSet
+#   --poll=30                 seconds between two requests for the state
 #   --dry-run                 prints every command, and the manifest, and runs nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -44,7 +44,7 @@ esac
 words=("${words[@]:1}")
 check_no_words
 label='[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?'
-# The names of the pods, which are longer, must fit into 63 characters.
+# Pod names are longer than this name and must fit into 63 characters.
 check name '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "lower-case letters, digits and dashes, 40 at most" simclr
 check namespace "$label|" "a namespace" default
 check service_account "$label|" "an account" simclr
@@ -55,7 +55,7 @@ name=${options[name]}
 case $action in
   render | run | apply)
     check image '[A-Za-z0-9][A-Za-z0-9._/:@-]*' "an image" europe-docker.pkg.dev/PROJECT/REPOSITORY/simclr-jax
-    check accelerator 'tpu[a-z0-9-]+' "a type as in the label of GKE's nodes" tpu-v5-lite-podslice
+    check accelerator 'tpu[a-z0-9-]+' "the accelerator label of GKE's nodes" tpu-v5-lite-podslice
     check topology '[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}' "two or three numbers with x between" 4x4
     check chips_per_host '[1248]' "1, 2, 4 or 8" 4
     check max_restarts '[0-9]{1,6}' "a whole number" 20
@@ -75,11 +75,11 @@ if [[ $action != render ]]; then check_program kubectl "kubectl"; fi
 
 kubectl=(kubectl)
 if [[ -n ${options[namespace]} ]]; then kubectl+=("--namespace=${options[namespace]}"); fi
-thing=$name
+resource=$name
 describe=("${kubectl[@]}" get jobset "$name" -o name)
 remove=("${kubectl[@]}" delete jobset "$name" --wait=true)
 
-# Prints a word as a JSON string, which is YAML too; Kubernetes reads $$ as one $ and would replace $(NAME).
+# Prints a word as a JSON string, which is valid YAML. Every $ is doubled: Kubernetes expands $(NAME) and reads $$ as $.
 json() {
   local text=${1//\\/\\\\} letter i
   text=${text//\"/\\\"}
@@ -109,7 +109,7 @@ render() {
   text=${text//@MAX_RESTARTS@/${options[max_restarts]}}
   text=${text//@GRACE@/${options[grace]}}
   text=${text//@SPOT_AND_ACCOUNT@/$extra}
-  # Last, so that nothing in the command is taken for a placeholder.
+  # The command comes last, so that no part of it is taken for a placeholder.
   printf '%s[%s]%s\n' "${text%%@COMMAND@*}" "${arguments#, }" "${text#*@COMMAND@}"
 }
 
@@ -126,7 +126,7 @@ apply() {
   perform "${kubectl[@]}" apply -f "$manifest" || stop_with "$name was not applied"
 }
 
-# Sets `state` to Completed, Failed or nothing.
+# Sets `state` to Completed, Failed or empty.
 look() {
   local answer
   state=
@@ -154,7 +154,7 @@ follow_log() {
 follow() {
   local lines=100
   while :; do
-    # Ends when the pod does, or at once while there is none.
+    # Returns when the pod ends, or at once while there is none.
     follow_log "$lines"
     lines=20
     if [[ -n $stopping ]]; then exit "$TERMINATED"; fi
@@ -162,7 +162,7 @@ follow() {
     case $state in
       Completed) return ;;
       Failed)
-        say "the job failed; the lines above say why, or: $(quoted "${kubectl[@]}" describe jobset "$name")."
+        say "the job failed; see the lines above, or: $(quoted "${kubectl[@]}" describe jobset "$name")."
         exit 1
         ;;
     esac
@@ -176,7 +176,7 @@ applied='' manifest='' unanswered=0 state=''
 on_exit() {
   local status=$?
   end_children
-  # Impatience must not leave anything running.
+  # Ignore further signals, which would interrupt the deletion.
   trap '' TERM INT HUP
   stopping=
   if [[ -n $manifest ]]; then rm -f "$manifest"; fi

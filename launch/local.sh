@@ -3,17 +3,17 @@
 #
 #   launch/local.sh --processes=N [OPTIONS] -- python -m simclr_jax JOB ...
 #
-# Each process gets the command with --coordinator, --processes and --process added. Process 0 has the terminal; the
-# others write to DIR/process-I.log, after what is there already. If one fails, the others are stopped. TERM, Ctrl-C
-# and a closed terminal reach all of them as TERM: the job saves its state and exits with 143, and the same command
-# continues it. The exit code is that of the first process that failed, or 0.
+# Each process gets the command with --coordinator, --processes and --process added. Process 0 writes to the terminal;
+# the others append to DIR/process-I.log. If one fails, the others are stopped. TERM, Ctrl-C and a closed terminal reach
+# all of them as TERM: the job saves its state and exits with 143, and the same command continues it. The exit code is
+# that of the first process that failed, or 0.
 #
-#   --processes=N       how many
+#   --processes=N       number of processes
 #   --cpu_devices=M     gives each process M virtual CPU devices
-#   --gpus=LIST         GPUs that the processes share out, such as 0,1,2,3; $CUDA_VISIBLE_DEVICES if that is set
-#   --logs=DIR          for the other processes' output; default: logs in the job's --workdir if that is a folder here,
-#                       else runs/logs
-#   --port=PORT         of process 0; default: a free one
+#   --gpus=LIST         GPUs to divide among the processes, such as 0,1,2,3; default: $CUDA_VISIBLE_DEVICES
+#   --logs=DIR          folder for the logs of the other processes; default: logs in the job's --workdir if that is a
+#                       local folder, else runs/logs
+#   --port=PORT         port of process 0; default: a free one
 #   --grace=120         seconds between TERM and KILL
 #   --dry-run           prints each command and runs nothing
 set -euo pipefail
@@ -51,7 +51,7 @@ free_port() {
   echo "$port"
 }
 
-# Sets `line` to the whole command of process $1.
+# Sets `line` to the full command of process $1.
 assemble() {
   local settings=() share=$((${#gpus[@]} / processes)) visible
   if [[ -n ${options[cpu_devices]} ]]; then
@@ -103,5 +103,5 @@ while ((${#children[@]})); do
     fi
   done
 done
-if [[ -n $stopping ]] && ((!first)); then say "told to stop, but all processes were done."; fi
+if [[ -n $stopping ]] && ((!first)); then say "received a signal to stop, but all processes had finished."; fi
 exit "$first"

@@ -3,18 +3,18 @@
 #
 #   launch/slurm.sh [OPTIONS] -- python -m simclr_jax JOB ... --workdir=/SHARED/FOLDER
 #
-# One process a GPU, or one a node without GPUs; with several, --processes=auto is added. Submit it from the project's
-# root on a file system that all nodes see. Before the time limit the job gets TERM, saves its state and is queued
-# again, and continues; so it does after preemption or the loss of a node. scancel JOB ends it for good.
+# One process per GPU, or one per node without GPUs; with several, --processes=auto is added. Submit it from the
+# project's root on a file system that all nodes share. Before the time limit the job gets TERM, saves its state and is
+# requeued, and continues; the same after preemption or the loss of a node. scancel JOB ends it for good.
 #
 #   --nodes=1
 #   --gpus_per_node=0
 #   --time=LIMIT              such as 24:00:00 or 1-00:00:00
-#   --warn=300                seconds before the limit at which the job is told to save
-#   --max_restarts=100        at the time limit
+#   --warn=300                seconds before the limit at which the job gets TERM
+#   --max_restarts=100        requeues at the time limit
 #   --cpus_per_task=N         --partition=NAME  --account=NAME  --qos=NAME  --constraint=FEATURES: as in sbatch
-#   --name=simclr             of the job
-#   --logs=runs/slurm         folder of the logs, one a job
+#   --name=simclr             name of the job
+#   --logs=runs/slurm         folder of the logs, one file per job
 #   --dry-run                 prints the command and runs nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -38,7 +38,7 @@ check name '.+' "a name" simclr
 check logs '.+' "a folder" runs/slurm
 check_command
 workdir=$(job_option workdir)
-[[ -n $workdir ]] || fail --workdir "got nothing, wanted a folder that all nodes see; end the command with --workdir=DIR."
+[[ -n $workdir ]] || fail --workdir "got nothing, wanted a folder that all nodes share; add --workdir=DIR to the command."
 check_program sbatch "Slurm, or log in to a cluster that has it"
 
 tasks=$((options[gpus_per_node] ? options[gpus_per_node] : 1))
@@ -57,9 +57,9 @@ if [[ ${options[dry_run]} == true ]]; then
   perform "${submit[@]}" "${command[@]}"
   exit
 fi
-mkdir -p "${options[logs]}" # Slurm starts no job whose log it cannot write, and says nothing.
+mkdir -p "${options[logs]}" # Slurm drops a job whose log it cannot write, without a message.
 printf '+ %s\n' "$(quoted "${submit[@]}" "${command[@]}")" >&2
-job=$("${submit[@]}" "${command[@]}") || fail sbatch "refused the job as said above; correct the options."
+job=$("${submit[@]}" "${command[@]}") || fail sbatch "refused the job, see above; correct the options."
 job=${job%%;*}
 say "job $job; its log: ${options[logs]}/${options[name]}-$job.log. End it for good with: scancel $job."
 echo "$job"

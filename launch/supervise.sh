@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# supervise.sh: runs a command again and again until it exits with 0.
+# supervise.sh: restarts a command until it exits with 0.
 #
 #   launch/supervise.sh [OPTIONS] -- COMMAND...
 #
-# A command that was preempted (exit 143, or 137: killed) is started again at once, one that failed after a pause
-# that doubles. It gives up and exits with the command's own code after --failures quick failures in a row, and at
-# once for 2 (a mistake in the input) and 126 or 127 (no such program), which no repetition mends.
+# A command that was preempted (exit code 143, or 137: killed) is started again at once; one that failed, after a pause
+# that doubles each time. It gives up and exits with the command's own code after --failures quick failures in a row,
+# and at once for 2 (a mistake in the input) and 126 or 127 (no such program), which a restart cannot fix.
 # TERM, Ctrl-C and a closed terminal reach the command as TERM; then nothing is restarted, and the exit code is 143.
 #
-#   --failures=5        failures in a row, each within --quick seconds of its start, that end it
-#   --quick=120         what counts as quick, in seconds
+#   --failures=5        gives up after this many failures in a row, each within --quick seconds of its start
+#   --quick=120         a failure within this many seconds counts as quick
 #   --pause=10          seconds before the first restart after a failure; doubles up to 300
-#   --grace=150         seconds between TERM and KILL when told to stop
-#   --exit_file=FILE    where the final exit code is written
+#   --grace=150         seconds between TERM and KILL after a signal to stop
+#   --exit_file=FILE    file for the final exit code
 #   --dry-run           prints the command and runs nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -47,12 +47,12 @@ while :; do
   attend "${command[@]}" || true
   if ((code == 0)); then exit 0; fi
   if [[ -n $stopping ]]; then
-    say "told to stop; the command exited with $code."
+    say "received a signal to stop; the command exited with $code."
     exit $((code == MISTAKE ? MISTAKE : TERMINATED))
   fi
   case $code in
     "$MISTAKE" | 126 | 127)
-      say "the command exited with $code, which another start would not mend."
+      say "the command exited with $code, which a restart cannot fix."
       exit "$code"
       ;;
   esac

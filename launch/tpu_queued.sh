@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# tpu_queued.sh: runs a job to its end on queued or spot TPUs, making a new one whenever one is taken away.
+# tpu_queued.sh: runs a job to its end on queued or spot TPUs, and requests a new TPU when one is preempted.
 #
 #   launch/tpu_queued.sh --name=NAME --zone=ZONE --accelerator_type=TYPE [OPTIONS] \
 #     -- python -m simclr_jax JOB ... --workdir=gs://BUCKET/FOLDER
 #
-# Queues for the TPU, waits, installs this tree, runs the command as tpu_vm.sh does and follows it. When the TPU is
-# preempted or fails, it is deleted, queued for again, and the same command continues from its newest checkpoint.
-# At the end, after an error, TERM or Ctrl-C (the job saves its state) it is deleted, unless --keep. The script must go
-# on running for that: start it where nothing interrupts it, such as in tmux on a small machine.
+# Requests the TPU, waits for it, installs this tree, runs the command as tpu_vm.sh does and follows its log. When the
+# TPU is preempted or fails, it is deleted and requested again, and the same command continues from its newest
+# checkpoint. At the end, after an error, TERM or Ctrl-C (the job saves its state) it is deleted, unless --keep. The
+# script must keep running for that: start it where nothing interrupts it, such as in tmux on a small machine.
 #
-# The exit code is the job's: 0 done, 2 a mistake in the input, 143 told to stop; 75 after --max_restarts.
+# The exit code is the job's: 0 done, 2 a mistake in the input, 143 stopped; 75 after --max_restarts.
 #
 #   --spot                    cheaper, and may be preempted
-#   --max_restarts=20         new TPUs after the first
+#   --max_restarts=20         number of new TPUs after the first
 #   --valid_until=DURATION    gives up waiting for a TPU after that time, such as 6h; default: never
-#   --version=VERSION         software of the TPU VM; default: the one for JAX on that type
+#   --version=VERSION         runtime version of the TPU VM; default: the one for JAX on that type
 #   --project=PROJECT         default: gcloud's
-#   --keep                    leaves the last TPU, which stays billed
+#   --keep                    does not delete the last TPU, which stays billed
 #   --grace=150               seconds between TERM and KILL of the job
-#   --poll=30                 seconds between questions to the cloud
+#   --poll=30                 seconds between two requests for the state
 #   --dry-run                 prints every command, as if nothing went wrong, and runs nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -34,13 +34,13 @@ check valid_until '[1-9][0-9]*[smhd]|' "a duration" 6h
 check_command
 check_bucket "the TPU may be replaced at any time, and its folders with it"
 check_program gcloud "the Google Cloud CLI"
-patience=900 # tpu_vm.sh needs time to let the job save.
+patience=900 # tpu_vm.sh waits until the job has saved its state.
 
 place=("--zone=${options[zone]}")
 if [[ -n ${options[project]} ]]; then place+=("--project=${options[project]}"); fi
 name=${options[name]}
 queue=(gcloud compute tpus queued-resources)
-thing=$name
+resource=$name
 describe=("${queue[@]}" describe "$name" "${place[@]}" --quiet "--format=value(state.state)")
 remove=("${queue[@]}" delete "$name" "${place[@]}" --quiet --force)
 
@@ -54,7 +54,7 @@ create() {
     stop_with "$name was not queued"
 }
 
-# Sets `state`; an unanswered question leaves the last one.
+# Sets `state`, which stays as it was if the cloud does not answer.
 look() {
   local answer
   if answer=$(ask ACTIVE "${describe[@]}"); then
@@ -71,7 +71,7 @@ look() {
   fi
 }
 
-# Waits until the TPU is there; false if it will not come.
+# Waits until the TPU is ready; false if the request failed.
 await_tpu() {
   local last=
   state=
@@ -98,7 +98,7 @@ on_tpu() {
   check_stopping
 }
 
-# Whether the TPU was taken away, or is about to be; it takes the cloud a moment to say so.
+# is_taken N: true if the TPU has been preempted or is about to be. Asks up to N times, since the state lags behind.
 is_taken() {
   local try
   for ((try = 0; try < $1; try++)); do
@@ -115,7 +115,7 @@ billed='' state='' unanswered=0
 on_exit() {
   local status=$?
   end_children
-  # Impatience must not leave anything that is billed.
+  # Ignore further signals, which would interrupt the deletion of what is billed.
   trap '' TERM INT HUP
   stopping=
   if [[ -n $billed ]]; then
@@ -155,7 +155,7 @@ while :; do
     exit "$LOST"
   fi
   if [[ $state == ACTIVE ]]; then continue; fi
-  say "$name is $state; making it again ($restarts of at most ${options[max_restarts]})."
+  say "$name is $state; creating it again ($restarts of at most ${options[max_restarts]})."
   delete || exit 1
   billed=
   pause

@@ -1,30 +1,32 @@
 #!/usr/bin/env bash
-# tpu_vm.sh: a job on a Cloud TPU VM or pod slice, from creating it to deleting it.
+# tpu_vm.sh: runs a job on a Cloud TPU VM or pod slice, from its creation to its deletion.
 #
 #   launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE [OPTIONS] [-- python -m simclr_jax JOB ...]
 #
 # Actions:
-#   create              makes the TPU VM; billed from then on until it is deleted
-#   install             copies this tree to all hosts (configs/ too) and installs it there
+#   create              creates the TPU VM; billed from then on until it is deleted
+#   install             copies this tree to all hosts and installs it there
 #   run                 starts the command on all hosts, independent of the connection, and follows it to its end;
-#                       adds --processes=auto where there are several hosts. TERM or Ctrl-C stops the job, which saves
-#                       its state, and leaves the TPU VM. With --detach it only starts it.
-#   log, status, stop   follow the log of a host (--worker=I) · the states of VM and job · end the job, saving
-#   delete              deletes the TPU VM, and says so only when it is gone
+#                       adds --processes=auto if there are several hosts. TERM or Ctrl-C stops the job, which saves
+#                       its state; the TPU VM stays. With --detach it only starts the job.
+#   log                 follows the log of a host (--worker=I)
+#   status              prints the states of the TPU VM and the job
+#   stop                stops the job, which saves its state
+#   delete              deletes the TPU VM, and reports that only when the deletion is confirmed
 #   up-run-down         create, install, run, delete; deletes after an error or interruption as well, unless --keep
 #
 # The exit code is the job's: 0 done, 2 a mistake in the input, 143 stopped with the state saved; 75 if the TPU VM was
 # preempted or lost. The same command continues the run, given a --workdir in a bucket.
 #
-#   --accelerator_type=TYPE   such as v5litepod-16; needed to create
-#   --version=VERSION         software of the TPU VM; default: the one for JAX on that type
+#   --accelerator_type=TYPE   such as v5litepod-16; required by create and up-run-down
+#   --version=VERSION         runtime version of the TPU VM; default: the one for JAX on that type
 #   --spot                    cheaper, and may be preempted
 #   --project=PROJECT         default: gcloud's
-#   --keep                    up-run-down and a failed create leave the TPU VM, which stays billed
+#   --keep                    up-run-down and a failed create do not delete the TPU VM, which stays billed
 #   --detach                  run starts the job and returns
-#   --worker=0                whose log
+#   --worker=0                number of the host for log
 #   --grace=150               seconds between TERM and KILL of the job
-#   --poll=30                 seconds between questions to the cloud
+#   --poll=30                 seconds between two requests for the state
 #   --dry-run                 prints every command and runs nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -54,20 +56,20 @@ check_program gcloud "the Google Cloud CLI"
 
 place=("--zone=${options[zone]}")
 if [[ -n ${options[project]} ]]; then place+=("--project=${options[project]}"); fi
-place+=(--quiet) # No questions: nobody may be there to answer.
+place+=(--quiet) # No confirmation prompts: the script may run unattended.
 name=${options[name]}
 tpu=(gcloud compute tpus tpu-vm)
 
-# A question for a passphrase could not be answered, and a dead connection is to be noticed.
+# Fail instead of prompting for a passphrase, and detect a dead connection.
 ssh_flags=(-oBatchMode=yes -oServerAliveInterval=30)
-thing=$name
+resource=$name
 describe=("${tpu[@]}" describe "$name" "${place[@]}" "--format=value(state)")
 remove=("${tpu[@]}" delete "$name" "${place[@]}")
 
-# on WORKER COMMAND: sets `ssh` to the command that runs it there.
+# on WORKER COMMAND: sets `ssh` to the command line that runs COMMAND on that host.
 on() { ssh=("${tpu[@]}" ssh "$name" "${place[@]}" "${ssh_flags[@]/#/--ssh-flag=}" --worker="$1" --command="$2"); }
 
-# remote WORKER ACTION...: runs worker.sh there.
+# remote WORKER ACTION...: runs worker.sh on that host.
 remote() {
   on "$1" "$(quoted simclr_jax/launch/worker.sh "${@:2}")"
   perform "${ssh[@]}"
@@ -89,10 +91,10 @@ install() {
     archive=$temporary/simclr_jax.tar.gz
   fi
   perform tar -czf "$archive" --exclude=__pycache__ -C "$root" \
-    LICENSE README.md configs constraints.txt launch pyproject.toml requirements.txt scripts simclr_jax ||
-    stop_with "the tree was not packed"
+    LICENSE README.md benchmarks configs constraints.txt launch pyproject.toml requirements.txt scripts simclr_jax ||
+    stop_with "packing the tree failed"
   perform "${tpu[@]}" scp "$archive" "$name:" "${place[@]}" "${ssh_flags[@]/#/--scp-flag=}" --worker=all ||
-    stop_with "the tree was not copied"
+    stop_with "copying the tree failed"
   on all "$unpack && simclr_jax/launch/worker.sh install"
   perform "${ssh[@]}" || stop_with "the installation failed"
 }
@@ -102,19 +104,19 @@ run_job() {
   for try in 1 2 3 4 5; do
     if hosts=$(ask 2 "${tpu[@]}" describe "$name" "${place[@]}" "--format=value(networkEndpoints.len())"); then break; fi
     if is_gone; then
-      say "there is no TPU VM $name; make it first: $program create."
+      say "there is no TPU VM $name; create it first: $program create."
       exit "$LOST"
     fi
     if ((try < 5)); then pause; fi
   done
   if ! [[ $hosts =~ ^[1-9][0-9]*$ ]]; then
-    say "the cloud does not say how many hosts $name has; see $program status."
+    say "the number of hosts of $name is unknown, the cloud does not answer; see $program status."
     exit 1
   fi
-  if [[ ${options[dry_run]} == true ]]; then echo "# As if it had several hosts; with one, without --processes." >&3; fi
+  if [[ ${options[dry_run]} == true ]]; then echo "# For several hosts; with one host, without --processes." >&3; fi
   billed=yes
   if ((hosts > 1)); then
-    check_bucket "$name has $hosts hosts, which share no folder"
+    check_bucket "$name has $hosts hosts without a shared folder"
     if [[ -z $(job_option processes) ]]; then command+=(--processes=auto); fi
   fi
   job_started=yes
@@ -126,7 +128,7 @@ run_job() {
   follow_job
 }
 
-# Sets `result` to the job's exit code; nothing while it runs, LOST if the TPU VM or the job's traces are gone.
+# Sets `result` to the job's exit code; empty while it runs, LOST if the TPU VM or the job's files are gone.
 ask_result() {
   local answer state exit_code known='' unfinished='' lost=''
   result=
@@ -136,7 +138,7 @@ ask_result() {
       known=yes
       case $state in
         running) unfinished=yes ;;
-        # A mistake in the input, whichever host saw it, is what to tell the user.
+        # A mistake in the input takes precedence, whichever host reports it.
         exited) if ((exit_code == MISTAKE)) || [[ ${result:-0} == 0 ]]; then result=$exit_code; fi ;;
         *) lost=yes ;;
       esac
@@ -159,7 +161,7 @@ ask_result() {
 follow_job() {
   unanswered=0
   while :; do
-    # Returns when the job of host 0 ends, the connection breaks, or after some minutes, to ask how the others are.
+    # Returns when the job on host 0 ends, when the connection breaks, and every few minutes, to check the other hosts.
     remote 0 follow || true
     if [[ -n $stopping ]]; then exit "$TERMINATED"; fi
     ask_result
@@ -168,10 +170,10 @@ follow_job() {
     if [[ -n $stopping ]]; then exit "$TERMINATED"; fi
   done
   if ((result == LOST)); then
-    say "the TPU VM or its job is gone (preempted?); the same command continues the run on a new one."
+    say "the TPU VM or its job is lost (preempted?); the same command continues the run on a new TPU VM."
   elif ((result)); then
     say "the job exited with $result."
-    return # on_exit ends what other hosts still run.
+    return # on_exit stops the job on the other hosts.
   fi
   job_started=
 }
@@ -181,7 +183,7 @@ billed='' job_started='' temporary='' result=0
 on_exit() {
   local status=$?
   end_children
-  # Impatience must not leave anything that is billed.
+  # Ignore further signals, which would interrupt the deletion of what is billed.
   trap '' TERM INT HUP
   stopping=
   if [[ -n $temporary ]]; then rm -rf "$temporary"; fi

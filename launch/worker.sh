@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# worker.sh: what tpu_vm.sh runs on a TPU's hosts; it can be used by hand there.
+# worker.sh: the part of tpu_vm.sh that runs on the hosts of a TPU; it can be used there by hand.
 #
-#   launch/worker.sh install              the pinned requirements, with a Python of its own if the system's is too old
+#   launch/worker.sh install              installs the package, with a newer Python if the system's is too old
 #   launch/worker.sh start -- COMMAND...  starts the command under supervise.sh, independent of this terminal
-#   launch/worker.sh follow [--for=300]   prints what the log gained since the last time, until the command ends
-#   launch/worker.sh log                  prints the log, and what comes, until the command ends
+#   launch/worker.sh follow [--for=300]   prints new lines of the log since the last call, until the command ends or for
+#                                         300 seconds
+#   launch/worker.sh log                  prints the end of the log and follows it until the command ends
 #   launch/worker.sh result               prints "simclr-job HOST STATE": none, running, lost or exited CODE
-#   launch/worker.sh stop                 TERM, and waits; the job saves its state
+#   launch/worker.sh stop                 sends TERM and waits; the job saves its state
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -23,8 +24,8 @@ install() {
   local answer=0 uv=$HOME/.local/bin/uv
   sh scripts/setup.sh tpu || answer=$?
   if ((answer != MISTAKE)); then return "$answer"; fi
-  # Ubuntu 22.04, which the images for v2 to v6e are, has Python 3.10.
-  say "installing a newer Python of our own."
+  # The images for v2 to v6e are Ubuntu 22.04, which has Python 3.10.
+  say "the system has no Python that fits; installing Python 3.12 with uv."
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   "$uv" python install --quiet 3.12
   PATH=${uv%/*}:$PATH PYTHON=$("$uv" python find 3.12) sh scripts/setup.sh tpu
@@ -38,15 +39,15 @@ start() {
   wanted=$(quoted "${command[@]}")
   if running; then
     [[ $(<"$folder/command") == "$wanted" ]] ||
-      fail start "another command runs here ($(<"$folder/command")), wanted none; stop it first."
-    say "runs already."
+      fail start "another command is running here ($(<"$folder/command")), wanted none; stop it first."
+    say "the command is running already."
     return
   fi
   echo "$wanted" >"$folder/command"
   rm -f "$folder/exit_code"
   touch "$folder/log"
   stat -c %s "$folder/log" >"$folder/shown"
-  set +m # So that setsid stays the process that it starts, and pid is the supervisor's.
+  set +m # With job control setsid would be a group leader and fork; $! would not be the supervisor's pid.
   setsid nohup launch/supervise.sh --grace="${options[grace]}" --exit_file="$folder/exit_code" -- "${command[@]}" \
     >>"$folder/log" 2>&1 </dev/null &
   echo "$!" >"$folder/pid"
@@ -82,13 +83,13 @@ result() {
 stop() {
   if running; then
     kill -TERM "$(<"$folder/pid")"
-    while running; do sleep 0.5; done
+    while running; do sleep 0.1; done
   fi
   result
 }
 
 log() {
-  [[ -s $folder/pid ]] || fail log "nothing was started here, wanted a job; start one."
+  [[ -s $folder/pid ]] || fail log "no job was started here; start one."
   tail -n 100 -F --pid="$(<"$folder/pid")" "$folder/log"
 }
 

@@ -78,7 +78,7 @@ def read(name_or_path: str) -> ml_collections.ConfigDict:
       beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() and path.suffix else []
       names = [*known, *beside]
       raise errors.UserError(
-        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names)}; bundled are "
+        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names) or ';'} bundled are "
         f"{', '.join(known)}" + (f", and {path.parent} has {', '.join(beside)}." if beside else ".")
       )
     path = known[stem]
@@ -97,7 +97,7 @@ def read(name_or_path: str) -> ml_collections.ConfigDict:
   except Exception as error:
     line = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{line.filename}:{line.lineno}"
-    moved = isinstance(error, ModuleNotFoundError) and error.name == "configs"
+    moved = isinstance(error, ImportError) and (error.name or "").startswith("configs")
     hint = " Since 0.2 the defaults are `from simclr_jax import config; c = config.defaults()`." if moved else ""
     raise errors.UserError(f"config {name} cannot be read: {type(error).__name__}: {error} ({where}).{hint}") from error
   if not isinstance(config, ml_collections.ConfigDict):
@@ -171,7 +171,7 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     if first:
       raise errors.UserError(f"config.{name} is a section; set one of its keys, such as config.{first}.")
     raise errors.UserError(
-      f"unknown config key {name!r}{_nearest_key(name, known)}; `simclr-jax config` lists all keys."
+      f"unknown config key {name!r}{_nearest_key(name, known) or ';'} `simclr-jax config` lists all keys."
     )
   section, _, leaf = name.rpartition(".")
   holder = get_key(config, section) if section else config

@@ -232,13 +232,13 @@ class Experiment:
     return objectives.Contrastive(
       model,
       self.decay,
+      prepare,
       kind=keys.kind,
       temperature=keys.temperature,
       normalize=keys.normalize,
       scale=keys.scale,
       margin=keys.margin,
       queue_decay=memory.decay,
-      prepare=prepare,
       mesh=self.mesh,
     )
 
@@ -338,13 +338,13 @@ class Experiment:
     return found
 
 
-def is_finished(workdir: str, config: ml_collections.ConfigDict) -> bool:
-  """Returns whether a folder holds the result of a run of this very config."""
+def is_finished(workdir: str, config: dict[str, Any]) -> bool:
+  """Returns whether a folder holds the result of a run of this very config, a plain nested dict."""
   folder = epath.Path(workdir)
   if not (folder / "result.json").exists():
     return False
   stored = json.loads((folder / "config.json").read_text())["config"]
-  return not config_lib.difference(config.to_dict(), stored)
+  return not config_lib.difference(config, stored)
 
 
 def _every(epochs: float, *, examples: int, batch_size: int) -> int:

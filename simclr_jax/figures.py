@@ -1,32 +1,33 @@
-"""The pictures of a run: view pairs, curves, a map of the features; and those of a study: heat maps, bars, lines."""
+"""Figures of a run: view pairs, curves, a t-SNE map of features; and of a study: heat maps, bars, lines."""
+
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
-matplotlib.use("Agg")  # No screen on the machines that train.
+matplotlib.use("Agg")  # The machines that train have no display.
 
 import numpy as np
 from etils import epath
 from matplotlib import pyplot as plt
 from sklearn import decomposition, manifold
 
-# The order keeps neighbours apart for colour-blind readers too (Okabe and Ito's set, then greys).
+# Okabe and Ito's colours first, which colour-blind readers can tell apart; then others.
 COLORS = (
   *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"),
   *("#F0E442", "#000000", "#8C564B", "#999999", "#6A3D9A", "#B15928"),
 )
 
+PAIRS = 12  # Image pairs that fit into one row.
+COLUMNS = 3  # Panels of curves per row.
 
-PAIRS = 12  # What fits into one row.
-COLUMNS = 3  # Of panels of curves.
 
-
-def view_pairs(views, path: str, *, pairs: int = PAIRS) -> None:
-  """Draws image pairs as the network sees them, one column a pair.
+def view_pairs(views: np.ndarray, path: str, *, pairs: int = PAIRS) -> None:
+  """Draws image pairs as the network sees them, one pair per column.
 
   Args:
-    views: f32[N, 2, H, W, 3] in [0, 1] or uint8.
+    views: f32[N, 2, H, W, 3] in [0, 1], or uint8.
     path: of the PNG.
-    pairs: how many at most.
+    pairs: maximal number of pairs.
   """
   views = np.asarray(views[:pairs])
   figure, axes = plt.subplots(2, len(views), figsize=(1.1 * len(views), 2.6), squeeze=False)
@@ -40,12 +41,14 @@ def view_pairs(views, path: str, *, pairs: int = PAIRS) -> None:
   _save(figure, path)
 
 
-def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path: str, *, title: str) -> None:
-  """Draws metrics over steps, one panel a quantity.
+def curves(
+  rows: Sequence[Mapping[str, float]], panels: Mapping[str, Mapping[str, str]], path: str, *, title: str
+) -> None:
+  """Draws metrics over steps, one panel per quantity.
 
   Args:
-    rows: metric rows with `step`.
-    panels: panel title -> {metric name: label}.
+    rows: metric rows, each with `step`.
+    panels: heading -> {metric name: label}.
     path: of the PNG.
     title: above the panels.
   """
@@ -69,20 +72,22 @@ def curves(rows: list[dict[str, float]], panels: dict[str, dict[str, str]], path
   _save(figure, path)
 
 
-def embedding_map(features, labels, names, path: str, *, title: str, seed: int = 0) -> None:
+def embedding_map(
+  features: np.ndarray, labels: np.ndarray, names: Sequence[str], path: str, *, title: str, seed: int = 0
+) -> None:
   """Draws a t-SNE map of features, coloured by class.
 
   Args:
     features: f32[N, D].
     labels: i32[N].
-    names: class names, by label.
+    names: class names in the order of the labels.
     path: of the PNG.
     title: above the map.
     seed: of t-SNE.
   """
   x = np.asarray(features, np.float32)
   labels = np.asarray(labels)
-  # PCA first: distances in a few dozen directions are less noisy, and t-SNE takes seconds instead of minutes.
+  # PCA first: distances in 30 dimensions are less noisy, and t-SNE takes seconds instead of minutes.
   x = decomposition.PCA(min(30, *x.shape), random_state=seed).fit_transform(x)
   perplexity = min(30.0, max(2.0, (len(x) - 1) / 4))
   flat = manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed, max_iter=750).fit_transform(x)
@@ -98,16 +103,23 @@ def embedding_map(features, labels, names, path: str, *, title: str, seed: int =
 
 
 def heat_maps(
-  panels: dict[str, dict], rows, columns, path: str, *, title: str, unit: str, axes: tuple[str, str]
+  panels: Mapping[str, Mapping[tuple[str, str], float | None]],
+  rows: Sequence[str],
+  columns: Sequence[str],
+  path: str,
+  *,
+  title: str,
+  unit: str,
+  axes: tuple[str, str],
 ) -> None:
-  """Draws tables of percentages as colours with numbers, each with a column of row averages; what is missing is grey.
+  """Draws tables of percentages as coloured cells with numbers and a column of row averages; missing cells are grey.
 
   Args:
-    panels: heading -> {(row, column): %, or None where there is none}.
-    rows, columns: labels, in order.
+    panels: heading -> {(row, column): %, or None if missing}.
+    rows, columns: labels in order.
     path: of the PNG.
     title: above the panels.
-    unit: what the numbers are.
+    unit: of the numbers.
     axes: names of rows and columns.
   """
   size = (1.05 * (len(columns) + 2.6) * len(panels), 0.72 * len(rows) + 2.0)
@@ -115,7 +127,7 @@ def heat_maps(
   for axis, (heading, values) in zip(drawn[0], panels.items(), strict=True):
     table = np.array([[_number(values.get((row, column))) for column in columns] for row in rows])
     averages = [np.mean(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in table]
-    # An empty column sets the averages apart.
+    # An empty column separates the averages.
     shown = np.column_stack([table, np.full(len(rows), np.nan), averages])
     low, high = (np.nanmin(table), np.nanmax(table)) if not np.isnan(table).all() else (0.0, 1.0)
     colors = plt.get_cmap("viridis")
@@ -137,21 +149,20 @@ def heat_maps(
   _save(figure, path)
 
 
-def bars(panels: dict[str, dict], path: str, *, title: str, unit: str, axis_name: str) -> None:
-  """Draws one bar a setting, with its number; a setting without one keeps its place.
+def bars(panels: Mapping[str, Mapping[str, float | None]], path: str, *, title: str, unit: str, axis_name: str) -> None:
+  """Draws one bar with its number per setting; a missing setting keeps its place.
 
   Args:
-    panels: heading -> {setting: %, or None where there is none}.
+    panels: heading -> {setting: %, or None if missing}; the first panel is in colour, the others (published) are grey.
     path: of the PNG.
     title: above the panels.
-    unit: what the numbers are.
-    axis_name: what the settings are of.
+    unit: of the numbers.
+    axis_name: of the settings.
   """
   most = max(len(values) for values in panels.values())
   figure, axes = plt.subplots(1, len(panels), figsize=((0.95 * most + 1.5) * len(panels), 4.4), squeeze=False)
   for number, (axis, (heading, values)) in enumerate(zip(axes[0], panels.items(), strict=True)):
     heights = [_number(value) for value in values.values()]
-    # Ours first, in colour; what others published in grey.
     drawn = axis.bar(range(len(values)), np.nan_to_num(heights), color="#999999" if number else COLORS[0], width=0.7)
     axis.bar_label(drawn, [f"{value:.1f}" if not np.isnan(value) else "–" for value in heights], padding=2)
     axis.set(title=heading, xlabel=axis_name, ylabel=unit)
@@ -162,16 +173,24 @@ def bars(panels: dict[str, dict], path: str, *, title: str, unit: str, axis_name
   _save(figure, path)
 
 
-def lines(panels: dict[str, dict], path: str, *, title: str, unit: str, axis_name: str, legend: str) -> None:
-  """Draws families of points over numbers on a logarithmic axis.
+def lines(
+  panels: Mapping[str, Mapping[tuple[str, str], Mapping[str, float | None]]],
+  path: str,
+  *,
+  title: str,
+  unit: str,
+  axis_name: str,
+  legend: str,
+) -> None:
+  """Draws lines over a logarithmic axis.
 
   Args:
-    panels: heading -> {(line, variant): {x: %, or None where there is none}}; the variants of a line share its colour.
+    panels: heading -> {(line, variant): {x: %, or None if missing}}; the variants of a line have the same colour.
     path: of the PNG.
     title: above the panels.
-    unit: what the numbers are.
+    unit: of the numbers.
     axis_name: of x.
-    legend: what the lines are of.
+    legend: name of the setting that differs between lines.
   """
   figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.8), squeeze=False)
   for axis, (heading, families) in zip(axes[0], panels.items(), strict=True):

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from simclr_jax import config as config_lib
-from simclr_jax import errors, experiment
+from simclr_jax import errors, experiment, network
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
 from simclr_jax.models import encoders, simclr
@@ -118,10 +118,10 @@ def classifier(path: str, mesh: jax.sharding.Mesh) -> Classifier:
   """Returns the network of a checkpoint that has a classifier, which reads the layer that it was trained on."""
   saved = checkpoint.open(path)
   config = config_lib.completed(saved.config)
-  network = experiment.Network(config)
+  parts = network.Network(config)
   layer = saved.classifier_layer
-  head = network.projection_head() if layer else None
-  model = simclr.Classifier(network.encoder(), network.linear_head(saved.classes), head, layer)
+  head = parts.projection_head() if layer else None
+  model = simclr.Classifier(parts.encoder(), parts.linear_head(saved.classes), head, layer)
   params, batch_stats = state_lib.abstract_variables(model, config.data.image_size, mesh)
   params, batch_stats = saved.load(params, batch_stats)
   logits_of = lambda variables, images: model.apply(variables, images, train=False)

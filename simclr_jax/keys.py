@@ -5,7 +5,7 @@ one key never leaves another one stale. Sections of papers: v1 is arXiv 2002.057
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from simclr_jax import losses, optim
@@ -22,14 +22,15 @@ class Key:
   Attributes:
     default: its value where an experiment does not set it; its type is the key's.
     meaning: one line for people.
-    choices: the values that there are; empty where any value of the type is one.
+    choices: the values that there are; empty where any value of the type is one. A table is looked up when a value
+      is checked, so that entries which are added later count.
     is_path: whether it names a file or folder; relative paths are made absolute when they are typed.
     is_free: whether it may change when a run continues, because no result depends on it.
   """
 
   default: Value
   meaning: str
-  choices: tuple[str, ...] = ()
+  choices: Collection[str] = ()
   is_path: bool = False
   is_free: bool = False
 
@@ -71,7 +72,7 @@ _TREE = {
   "micro_batches": Key(1, "parts of a batch that go through the network one after the other; BatchNorm sees one part"),
   "eval_batch_size": Key(256, "over all devices; changes speed only, every example counts once", is_free=True),
   "data": {
-    "source": Key("tfds", "tfds, folder, arrays (an .npz file) or shapes (built in)", choices=tuple(sources.SOURCES)),
+    "source": Key("tfds", "tfds, folder, arrays (an .npz file) or shapes (built in)", choices=sources.SOURCES),
     "name": Key("cifar10", "of the TFDS data set, with /config where it has one"),
     "dir": Key("", "TFDS data_dir ('' is its default), folder of images, or .npz file", is_path=True, is_free=True),
     "train_split": Key("train", "sub-splits too: train[:90%]"),
@@ -108,7 +109,7 @@ _TREE = {
     ),
   },
   "model": {
-    "encoder": Key("resnet", "the network", choices=tuple(encoders.ENCODERS)),
+    "encoder": Key("resnet", "the network", choices=encoders.ENCODERS),
     "depth": Key(50, "10, 18, 34, 50, 101, 152 or 200"),
     "width": Key(1.0, "multiplies the channels"),
     "sk_ratio": Key(0.0, "0.0625 turns on selective kernels and the ResNet-D stem and shortcuts"),
@@ -139,7 +140,7 @@ _TREE = {
       "nt_xent",
       "dcl leaves the positive out of the denominator, in sup_con the same label attracts, the others are"
       " those of v1 table 4",
-      choices=tuple(losses.KINDS),
+      choices=losses.KINDS,
     ),
     "temperature": Key(0.1, "divides the similarities"),
     "normalize": Key(True, "L2-normalise the embeddings"),

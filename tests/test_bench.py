@@ -6,20 +6,20 @@ import json
 import os
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hidden import hide
+from plain_encoder import PlainEncoder
 
 from benchmarks import accelerator, cifar, host_input, loss, measure, plain, resident, step
 from simclr_jax import __main__ as command
-from simclr_jax import errors, inference
+from simclr_jax import errors
 from simclr_jax.data import device_augment
-from simclr_jax.hardware import sharding
-from simclr_jax.jobs import bench, feature_eval, pretrain
-from simclr_jax.models import heads, resnet, simclr
+from simclr_jax.jobs import bench, linear_eval
+from simclr_jax.models import encoders, heads, resnet, simclr
+from simclr_jax.training import step as training_step
 
 STUB = """
 class NTXentLoss:
@@ -48,7 +48,7 @@ class tensor:
 """
 
 
-TINY = {"model.depth": "10", "model.width": "0.0625", "data.image_size": "16", "batch_size": "8"}
+TINY = {"data.image_size": 16, "batch_size": 8, "data.shards": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -63,31 +63,20 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def short(monkeypatch):
-  """Leaves what compiles quickly: one layer, one device, neither augmentation nor gradients; all in this process."""
-  monkeypatch.setattr(inference, "encoder_of", lambda keys: Encoder())
-  monkeypatch.setattr(plain, "ResNet", lambda depth, width: Encoder())
-  monkeypatch.setattr(pretrain, "train_step", counted)
-  data_mesh = sharding.data_mesh
-  monkeypatch.setattr(sharding, "data_mesh", lambda devices=None: data_mesh(devices or jax.devices()[:1]))
-  twice = lambda images, keys, **_: jnp.stack([images, images], axis=1) / 255
+  """Leaves what compiles quickly: a small encoder, neither augmentation nor gradients; all in this process."""
+  monkeypatch.setattr(encoders, "build", lambda keys: PlainEncoder())
+  monkeypatch.setattr(plain, "ResNet", lambda depth, width: PlainEncoder())
+  monkeypatch.setattr(training_step, "train_step", counted)
+  twice = lambda images, *_, **__: jnp.stack([images, images], axis=1) / 255
   monkeypatch.setattr(device_augment, "two_views", twice)
   monkeypatch.setattr(accelerator, "SMALL_VARIANTS", (("views", "none"),))
   monkeypatch.setattr(measure, "in_a_process", here)
 
 
-def counted(state, batch, *, prepare, **_):
+def counted(state, batch, *, objective, **_):
   """A step that only looks at its batch."""
-  batch = prepare(batch)
+  batch = objective.prepare(batch)
   return state.replace(step=state.step + 1), {"loss": batch["views"].mean(), "contrast_acc": batch["label"].mean()}
-
-
-class Encoder(nn.Module):
-  """The mean colour, in eight numbers."""
-
-  @nn.compact
-  def __call__(self, images, *, train):
-    x = nn.Dense(8)(images.mean(axis=(1, 2)))
-    return nn.BatchNorm(use_running_average=not train)(x)
 
 
 @contextlib.contextmanager
@@ -115,7 +104,7 @@ def only(monkeypatch, *names):
 
 
 def loss_rows(workdir, sizes):
-  return bench.run(workdir, only="loss", sizes=sizes)["sections"]["loss"]["rows"]
+  return bench.run(workdir, only=("loss",), sizes=sizes)["sections"]["loss"]["rows"]
 
 
 def without_lightly(monkeypatch):
@@ -167,14 +156,14 @@ def test_what_does_not_fit_or_takes_too_long_is_compiled_and_not_run(tmp_path, m
   without_lightly(monkeypatch)
   # Enough for the blockwise loss of 1024 alone.
   monkeypatch.setattr(measure, "available_memory", lambda: 20e6)
-  dense, blockwise = loss_rows(str(tmp_path), "1024")
+  dense, blockwise = loss_rows(str(tmp_path), (1024,))
   assert "free" in dense["not_timed"]
   assert "seconds" not in dense
   assert dense["temporaries"] > 4 * 2048**2
   assert blockwise["seconds"] > 0
   assert "seconds_of_dense" not in blockwise
   monkeypatch.setattr(loss, "MAX_SECONDS", 0)
-  small, large = (row for row in loss_rows(str(tmp_path), "64,128") if row["loss"] == "blockwise")
+  small, large = (row for row in loss_rows(str(tmp_path), (64, 128)) if row["loss"] == "blockwise")
   assert "seconds" in small
   assert "would take" in large["not_timed"]
 
@@ -190,7 +179,7 @@ def test_a_slow_loss_is_run_once(monkeypatch):
 def test_lightly_is_timed_in_a_process_of_its_own_where_it_is_installed(tmp_path, monkeypatch, stubbed):
   only(monkeypatch, "dense")
   stubbed(STUB)
-  _, lightly = loss_rows(str(tmp_path / "out"), "32")
+  _, lightly = loss_rows(str(tmp_path / "out"), (32,))
   assert lightly["loss"] == "lightly"
   assert lightly["seconds"] > 0
   # What the stub allocates; the system counts pages a little late.
@@ -204,13 +193,13 @@ def test_lightly_is_timed_in_a_process_of_its_own_where_it_is_installed(tmp_path
 def test_a_lightly_that_fails_is_reported_and_not_fatal(tmp_path, monkeypatch, stubbed, source, says):
   only(monkeypatch, "dense")
   stubbed(source)
-  assert says in loss_rows(str(tmp_path / "out"), "32")[1]["not_timed"]
+  assert says in loss_rows(str(tmp_path / "out"), (32,))[1]["not_timed"]
 
 
 @pytest.mark.parametrize("sizes", ["1k", "1024,,2048", "1", "-4"])
 def test_wrong_sizes_are_named_in_one_line(tmp_path, capsys, sizes):
   assert command.main(["bench", f"--sizes={sizes}", f"--workdir={tmp_path}"]) == 2
-  assert "batch sizes" in capsys.readouterr().err
+  assert f"--sizes is '{sizes}'; give whole numbers above 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -231,9 +220,9 @@ def test_blockwise_keeps_its_bars_at_8192():
     (["--gpu", "--only=step"], "use resnet50, cifar"),
     (["--data_dir=/no/such/folder"], "--data_dir=/no/such/folder does not exist"),
     (["--gpu", "--npz=/no/such.npz"], "--npz=/no/such.npz does not exist"),
-    (["--rounds=0"], "--rounds=0"),
-    (["--gpu", "--epochs=long"], "--epochs=long"),
-    (["--gpu", "--batches=1k"], "--batches=1k"),
+    (["--rounds=0"], "--rounds got '0'"),
+    (["--gpu", "--epochs=long"], "--epochs got 'long'"),
+    (["--gpu", "--batches=1k"], "--batches is '1k'"),
     (["--small"], "--gpu"),
   ],
 )
@@ -330,7 +319,7 @@ def test_the_step_is_timed_with_the_plain_one_in_turns(short, monkeypatch, capsy
 
 
 def test_the_share_of_resident_input_is_measured(short):
-  result = resident.run({**TINY, "data.examples": "64", "batch_size": "16"}, rounds=2)
+  result = resident.run({**TINY, "data.examples": 64, "batch_size": 16}, rounds=2)
   assert result["seconds"]["input"] > 0
   assert result["share"] == result["seconds"]["input"] / result["seconds"]["step"]
 
@@ -363,7 +352,7 @@ def test_the_accelerators_command_runs_in_a_small_form(short, tmp_path, monkeypa
   # Tested with its job, and slow.
   found = lambda config, workdir: config.checkpoint == workdir.replace("linear", "pretrain")
   linear = lambda config, workdir: {"eval/top1": float(found(config, workdir)), "eval/lbfgs_top1": 0.5}
-  monkeypatch.setattr(feature_eval, "run", linear)
+  monkeypatch.setattr(linear_eval, "run", linear)
   options = ["--gpu", "--small", "--rounds=1", "--steps=2"]
   assert command.main(["bench", *options, f"--workdir={tmp_path}"]) == 0
   sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
@@ -384,7 +373,7 @@ def test_the_largest_batch_that_fits_both_is_taken(monkeypatch):
   tried = []
 
   def ours(overrides, *_):
-    tried.append(int(overrides["batch_size"]))
+    tried.append(overrides["batch_size"])
     row = {"name": "ours", "input": "views", "remat": "none", "batch": tried[-1]}
     row |= {"left_out": "does not fit"} if tried[-1] > 32 else {"seconds": 2.0}
     return {
@@ -397,7 +386,7 @@ def test_the_largest_batch_that_fits_both_is_taken(monkeypatch):
     }
 
   theirs = lambda overrides, *_, compiled: (
-    {"name": "pytorch", "input": "views", "batch": 16, "seconds": 3.0} if overrides["batch_size"] == "16" else {},
+    {"name": "pytorch", "input": "views", "batch": 16, "seconds": 3.0} if overrides["batch_size"] == 16 else {},
     "",
   )
   monkeypatch.setattr(measure, "alone", lambda function, *args, environment: ours(*args))

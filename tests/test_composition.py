@@ -1,8 +1,8 @@
-"""Compositions of augmentations: each operation against a NumPy twin, each random law, and how both feeds use them."""
+"""Compositions of augmentations: each operation against NumPy, its random numbers, and both inputs of the step."""
 
+import dataclasses
 import functools
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 from samples import distance_to_uniform
 
-from simclr_jax import __main__ as command
 from simclr_jax import errors
-from simclr_jax.data import arrays, composition, device_augment, resident, sources
+from simclr_jax.data import arrays, composition, device_augment, inputs, resident
+from simclr_jax.data.distortion import Distortion
+from simclr_jax.data.order import Order
 from simclr_jax.hardware import cost, sharding
-from simclr_jax.jobs import feed
 
-ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 16
-COLORS = {"color_strength": 0.5, "brightness": "multiplicative", "color_probability": 0.8, "grayscale_probability": 0.2}
+DISTORTION = Distortion(SIZE, min_area=0.25, max_area=0.5, color_strength=0.5)
+ORDER = Order(batch_size=16, shards=4, seed=0)
+RESIDENT = inputs.Plan(ORDER, resident=True)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compiles_fast():
-  """What is run here is tiny, and compiling it takes longer."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+# Compiled whole: done eagerly, each of their many small operations is compiled by itself.
+centers = jax.jit(composition.centers, static_argnums=1)
+crop_boxes = jax.jit(composition.crop_boxes, static_argnums=1)
+gaussian_blur = jax.jit(device_augment.gaussian_blur, static_argnums=2)
+quarter_turns = jax.jit(composition.quarter_turns)
+sigmas = jax.jit(composition.sigmas)
 
 
 def keys_of(count):
@@ -46,12 +46,12 @@ def each(function, images, numbers):
   return np.stack([function(*pair) for pair in zip(images, np.asarray(numbers), strict=True)])
 
 
-def pairs(crops, keys, operations, **knobs):
-  return composition.pairs_of_crops(crops, keys, operations, area=(0.25, 0.5), **COLORS, **knobs)
+def pairs(crops, keys, operations, dtype=jnp.float32):
+  return composition.pairs_of_crops(crops, keys, operations, DISTORTION, dtype=dtype)
 
 
-jitted = jax.jit(pairs)  # Compiled once: always so many images and so many operations.
-COUNT, MOST = 40, 3
+jitted = jax.jit(pairs)
+COUNT, MOST = 40, 3  # numbers of images and of operations, always the same, so that it is compiled once
 
 
 def changed(text):
@@ -115,26 +115,33 @@ def test_noise_is_that_of_numpy():
   np.testing.assert_allclose(seen, np.clip(images + 0.2 * normal, 0, 1), rtol=0, atol=1e-6)
 
 
-def own_keys(count, position):
-  """Returns the keys of the operation at `position`, by the rule that composed views are documented to follow."""
-  key = jax.random.key(3, impl="threefry2x32")
-  chain = lambda index: functools.reduce(jax.random.fold_in, (0, index, composition.COMPOSED, position), key)
-  return jax.vmap(chain)(jnp.arange(count))
+@jax.jit
+def own_keys(seed, epoch, index, position):
+  """Returns the keys of the operation at `position` for examples, derived independently of the code under test."""
+  key = jax.random.key(seed, impl="threefry2x32")
+  chain = lambda *example: functools.reduce(jax.random.fold_in, (*example, composition.COMPOSED, position), key)
+  return jax.vmap(chain)(epoch, index)
 
 
-def test_each_operation_draws_its_own_numbers_and_does_what_it_is_named_for():
-  images, keys = images_of(COUNT), own_keys(COUNT, 0)
+def first_keys(count, position):
+  """Returns the keys of the operation at `position` for `images_of(count)` with `keys_of(count)`."""
+  return own_keys(3, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), position)
+
+
+def test_each_operation_is_that_of_numpy_with_random_numbers_of_its_own():
+  images, keys = images_of(COUNT), first_keys(COUNT, 0)
   floats = unit(images).astype(np.float32)
   crop = jax.jit(lambda boxes: device_augment.crop_and_resize(floats, boxes, SIZE))
+  colors = dataclasses.replace(DISTORTION, blur_probability=0.0)
   normal = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE, 3))))
-  distort = jax.jit(lambda: device_augment.distorted_pairs(floats[:, None], keys, blur=False, **COLORS)[:, 0])
+  distort = jax.jit(lambda: device_augment.distorted_pairs(floats[:, None], keys, colors)[:, 0])
   wanted = {
-    "cutout": lambda: each(cutout, floats, composition.centers(keys, SIZE)),
+    "cutout": lambda: each(cutout, floats, centers(keys, SIZE)),
     "sobel": lambda: sobel(unit(images)),
-    "rotate": lambda: each(np.rot90, floats, composition.quarter_turns(keys)),
+    "rotate": lambda: each(np.rot90, floats, quarter_turns(keys)),
     "noise": lambda: np.clip(unit(images) + 0.2 * normal(keys), 0, 1),
-    "blur": lambda: np.clip(device_augment.gaussian_blur(floats, composition.sigmas(keys), 3), 0, 1),
-    "crop": lambda: np.clip(crop(composition.crop_boxes(keys, SIZE, (0.25, 0.5))), 0, 1),
+    "blur": lambda: np.clip(gaussian_blur(floats, sigmas(keys), 3), 0, 1),
+    "crop": lambda: np.clip(crop(crop_boxes(keys, DISTORTION)), 0, 1),
     "color": distort,
   }
   assert set(wanted) == set(composition.OPERATIONS)
@@ -142,21 +149,21 @@ def test_each_operation_draws_its_own_numbers_and_does_what_it_is_named_for():
     seen = changed(name)
     np.testing.assert_allclose(seen, twin(), rtol=0, atol=3e-6, err_msg=name)
     share = np.mean(np.abs(seen - floats).max((1, 2, 3)) > 1e-3)
-    # Always, but for the colours, whose law has coins of its own, and a blur whose sigma is a fraction of a pixel.
+    # All images change but for colours, which have probabilities of their own, and blurs of a fraction of a pixel.
     assert 0.6 < share < 1 if name == "color" else share > 0.8 if name == "blur" else share == 1, name
 
 
 def test_operations_follow_each_other_in_the_order_asked_for():
-  turned = each(np.rot90, unit(images_of(COUNT)), composition.quarter_turns(own_keys(COUNT, 0)))
-  twice = each(np.rot90, turned, composition.quarter_turns(own_keys(COUNT, 1)))
-  cut = each(cutout, sobel(turned), composition.centers(own_keys(COUNT, 2), SIZE))
+  turned = each(np.rot90, unit(images_of(COUNT)), quarter_turns(first_keys(COUNT, 0)))
+  twice = each(np.rot90, turned, quarter_turns(first_keys(COUNT, 1)))
+  cut = each(cutout, sobel(turned), centers(first_keys(COUNT, 2), SIZE))
   np.testing.assert_allclose(changed("rotate,rotate"), twice, rtol=0, atol=1e-6)
   np.testing.assert_allclose(changed("rotate,sobel"), sobel(turned), rtol=0, atol=1e-6)
   np.testing.assert_allclose(changed("rotate, sobel,cutout"), cut, rtol=0, atol=1e-6)
   assert np.abs(changed("sobel,noise") - changed("noise,sobel")).max() > 0.1
 
 
-def test_what_is_drawn_for_an_example_depends_on_nothing_beside_it():
+def test_random_numbers_of_an_example_depend_on_no_other_example():
   order, images, keys = np.random.default_rng(2).permutation(COUNT), images_of(COUNT), keys_of(COUNT)
   for text in ("crop,color,noise", "cutout,blur,rotate"):
     operations = composition.codes(text)
@@ -166,18 +173,17 @@ def test_what_is_drawn_for_an_example_depends_on_nothing_beside_it():
 
 
 def test_random_numbers_are_uniform():
-  keys = own_keys(20000, 1)
-  sigmas = np.asarray(composition.sigmas(keys))
-  assert distance_to_uniform(sigmas, np.float32(0.1), np.float32(2.0)) < 0.02
-  for numbers, values in ((composition.quarter_turns(keys), [1, 2, 3]), (composition.centers(keys, 12), range(12))):
+  keys = first_keys(20000, 1)
+  assert distance_to_uniform(np.asarray(sigmas(keys)), np.float32(0.1), np.float32(2.0)) < 0.02
+  for numbers, values in ((quarter_turns(keys), [1, 2, 3]), (centers(keys, 12), range(12))):
     numbers = np.asarray(numbers).reshape(20000, -1)
     for column in numbers.T:
       seen, counts = np.unique(column, return_counts=True)
       np.testing.assert_array_equal(seen, values)
       assert np.abs(counts / 20000 - 1 / len(counts)).max() < 0.02
-  rows, columns = np.asarray(composition.centers(keys, 12)).T
+  rows, columns = np.asarray(centers(keys, 12)).T
   assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.02
-  boxes = np.asarray(composition.crop_boxes(keys[:4000], 64, (0.25, 0.5)))
+  boxes = np.asarray(crop_boxes(keys[:4000], dataclasses.replace(DISTORTION, size=64)))
   areas = boxes[:, 2] * boxes[:, 3] / 64**2
   assert 0.249 < areas.min() < 0.26
   assert 0.49 < areas.max() < 0.51
@@ -196,13 +202,7 @@ def test_an_unknown_operation_is_a_user_error(text):
     composition.codes(text)
 
 
-# The feeds.
-
-
-def config_of(**overrides):
-  known = {"batch_size": 16, "data.image_size": SIZE, "data.shards": 4, "augment.compose": "crop,color"}
-  known |= {name.replace("__", "."): value for name, value in overrides.items()}
-  return command.load_config(f"{ROOT}/configs/cifar10.py", {name: str(value) for name, value in known.items()})
+# The inputs of the step.
 
 
 @pytest.fixture(scope="module")
@@ -211,53 +211,49 @@ def split():
   return arrays.from_mapping(named, "train")
 
 
-def test_a_streamed_example_is_the_host_s_crop_beside_that_crop_changed(split):
-  config, mesh = config_of(data__resident="false", augment__compose="rotate"), sharding.data_mesh(jax.devices()[:1])
-  images = feed.pairs(config, sources.in_memory(split), mesh)
+def test_a_streamed_pair_is_the_hosts_crop_and_that_crop_changed(split):
+  images = inputs.pairs(split, DISTORTION, inputs.Plan(ORDER), sharding.data_mesh(), compose="rotate")
   prepare, seen = jax.jit(images.prepare), {}
   for batch in itertools.islice(images.batches(0), 3):
     assert batch["image"].dtype == np.uint8
     views = np.asarray(prepare(batch)["views"])
     np.testing.assert_allclose(views[:, 0], unit(batch["image"]), rtol=0, atol=1e-7)
+    turns = quarter_turns(own_keys(0, batch["epoch"], batch["index"], 0))
+    np.testing.assert_array_equal(views[:, 1], each(np.rot90, views[:, 0], turns))
     seen |= {(int(i), int(e)): v for i, e, v in zip(batch["index"], batch["epoch"], views, strict=True)}
-  for (index, epoch), views in seen.items():
-    keys = device_augment.example_keys(0, jnp.array([epoch], jnp.int32), jnp.array([index], jnp.int32))
-    own = jax.random.fold_in(jax.random.fold_in(keys[0], composition.COMPOSED), 0)
-    turn = int(composition.quarter_turns(own[None])[0])
-    np.testing.assert_array_equal(views[1], np.rot90(views[0], turn))
   first, second = next((seen[i, 0], seen[i, 1]) for i, epoch in seen if epoch and (i, 0) in seen)
   assert np.abs(first - second).max() > 0.05
 
 
-def test_resident_compositions_are_one_program_where_nothing_of_the_images_moves(split):
-  mesh, lowered = sharding.data_mesh(), {}
+@pytest.mark.devices(8)
+def test_resident_compositions_are_one_program_that_exchanges_no_images(split):
+  mesh, lowered, distortion = sharding.data_mesh(), {}, Distortion(SIZE, min_area=0.5, flip=False)
   step = jax.device_put(np.int32(0), sharding.replicated(mesh))
   for compose in ("blur,color", "rotate"):
-    images = feed.pairs(config_of(augment__compose=compose, augment__min_area=0.5), split, mesh)
+    images = inputs.pairs(split, distortion, RESIDENT, mesh, compose=compose)
     rows = lambda dataset, step, images=images: images.prepare(images.batch_of(dataset, step))
     lowered[compose] = jax.jit(rows, out_shardings=sharding.batched(mesh)).lower(images.dataset, step)
   texts = [program.as_text() for program in lowered.values()]
   assert texts[0] == texts[1]
   program = lowered["rotate"].compile()
-  # The two numbers of the operations, and nothing else.
+  # The devices may exchange the codes of the two operations, nothing else.
   assert sum(collective.bytes for collective in cost.collectives(program.as_text(), mesh.size)) <= 8
 
   # The first view is the random crop, not mirrored, and the second one that crop turned.
   batch = jax.device_get(program(images.dataset, step))
   keys = device_augment.example_keys(0, batch["epoch"], batch["index"])
-  law = {"size": SIZE, "flip": False, "area": (0.5, 1.0)}
-  crops = jax.jit(lambda images: device_augment.train_view(images, keys, **law))(split.images[batch["index"]])
+  crops = jax.jit(lambda images: device_augment.train_view(images, keys, distortion))(split.images[batch["index"]])
   np.testing.assert_allclose(batch["views"][:, 0], crops, rtol=0, atol=1e-6)
   for first, second in batch["views"]:
     same = [np.array_equal(np.rot90(first, turns), second) for turns in range(4)]
     assert (sum(same), same[0]) == (1, False)
 
 
-def test_without_compositions_the_dataset_is_what_it_was(split):
-  images = feed.pairs(config_of(augment__compose=""), split, sharding.data_mesh())
+def test_without_compositions_the_dataset_holds_no_operations(split):
+  images = inputs.pairs(split, DISTORTION, RESIDENT, sharding.data_mesh())
   assert images.dataset.keys() == resident.on_devices(split, sharding.data_mesh()).keys()
 
 
-def test_compositions_on_the_host_are_a_user_error(split):
+def test_compositions_on_the_host_are_a_user_error():
   with pytest.raises(errors.UserError, match=r"config.augment.compose is done on the devices, .*'host'; set it to dev"):
-    feed.law_of_pairs(config_of(augment__place="host", data__resident="false"))
+    inputs.pair_augmentation(DISTORTION, inputs.Plan(ORDER, place="host"), "crop,color")

@@ -1,16 +1,15 @@
 """The experiments: all have the same keys, and their recipes are the published ones."""
 
-import inspect
 import pathlib
 import re
 
 import jax.numpy as jnp
 import pytest
+import read_keys
 
 from simclr_jax import config as config_lib
-from simclr_jax import optim
+from simclr_jax import experiment, optim
 from simclr_jax.keys import KEYS
-from simclr_jax.models import resnet
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PACKAGE = pathlib.Path(config_lib.__file__).parent
@@ -92,18 +91,28 @@ def test_the_fine_tunings_take_the_published_steps(variant, examples, steps, rat
   assert (recipe.optimizer.warmup_epochs, recipe.zero_init, keys.head.finetune_from) == (0.0, True, layer)
 
 
-READERS = ("experiment.py", "network.py", "classifier.py", "models/encoders.py", "jobs/*.py")
+READERS = ("experiment.py", "network.py", "classifier.py", "inference.py", "jobs/*.py")
 
 
 def test_every_key_is_read():
-  text = "\n".join(path.read_text() for pattern in READERS for path in PACKAGE.glob(pattern))
-  leaves = {name.rpartition(".")[2] for name in KEYS if not name.startswith("model.")}
-  # As an attribute of a section, or as a name that a section is asked for.
-  unread = [leaf for leaf in leaves if not re.search(rf"\.{leaf}\b|[\"']{leaf}[\"']", text)]
-  assert unread == []
-  # The section `model` goes to the encoder whole.
-  model = {name.partition(".")[2] for name in KEYS if name.startswith("model.")}
-  assert inspect.signature(resnet.ResNet).parameters.keys() >= model - {"encoder"}
+  files = [path.read_text() for pattern in READERS for path in PACKAGE.glob(pattern)]
+  assert [name for name in KEYS if name not in read_keys.of(files)] == []
+
+
+@pytest.mark.parametrize(
+  ("text", "read"),
+  [
+    ("def run(config):\n  keys = config.probes\n  return keys.epochs", {"probes.epochs"}),
+    ("def run(config):\n  keys = config.knn\n  return keys.epochs", set()),
+    ("def f(keys):\n  return keys.format\ndef run(this):\n  f(this.config.embed)", {"embed.format"}),
+    ("def run(config):\n  config.batch_size = 8", set()),
+    ("def run(self):\n  a, b = self.config, 1\n  return a.loss.kind, b.seed", {"loss.kind"}),
+    ("def run(config):\n  return [config.monitor[k] for k in ('pairs', 'seed')]", {"monitor.pairs"}),
+    ("def run(run):\n  return run.recipe.zero_init", {f"{job}.zero_init" for job in experiment.RECIPES}),
+  ],
+)
+def test_a_key_is_read_in_its_own_section(text, read):
+  assert read_keys.of([text]) == read
 
 
 def test_the_table_of_features_names_keys_and_jobs_that_exist():

@@ -1,9 +1,7 @@
 """embed: files that hold the split in its order, whatever the devices, and that a second run completes."""
 
-import importlib.util
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -11,55 +9,43 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from hidden import hide
 from PIL import Image
 from pyarrow import parquet
+from runs import ROOT, TINY, job
 
 from simclr_jax import __main__ as command
-from simclr_jax import inference
-from simclr_jax.data import shapes, sources, subset
+from simclr_jax import config as config_lib
+from simclr_jax import inference, network
+from simclr_jax.data import arrays, shapes, source, sources
 from simclr_jax.hardware import sharding
-from simclr_jax.jobs import representation, setup
-from simclr_jax.models import simclr
 from simclr_jax.training import checkpoint
 from simclr_jax.training import state as state_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = [
-  f"--config={ROOT}/configs/cifar10.py",
-  "--config.data.source=shapes",
-  "--config.data.examples=40",
-  "--config.data.image_size=16",
-  "--config.model.depth=10",
-  "--config.model.width=0.0625",
-  "--config.model.small_images=false",
-  "--config.head.layers=2",
-  "--config.head.out_dim=8",
-  "--config.eval_batch_size=8",
-  "--config.embed.rows_per_file=16",
-  "--config.checkpoint=random",
-]
+OPTIONS = ["--config.data.examples=40", "--config.eval_batch_size=8", "--config.embed.rows_per_file=16"]
+OPTIONS += ["--config.checkpoint=random"]
 
 
 @pytest.fixture
 def projection(monkeypatch):
-  """In place of the network, which would have to be compiled, a matrix f32[768, 5]."""
+  """A matrix f32[768, 5] in place of the network, which takes long to compile."""
   matrix = np.random.default_rng(0).normal(size=(16 * 16 * 3, 5)).astype(np.float32)
   product = lambda matrix, images: jnp.matmul(images.reshape(len(images), -1), matrix, precision="highest")
   placed = lambda mesh: jax.device_put(matrix, sharding.replicated(mesh))
-  monkeypatch.setattr(representation, "load", lambda config, mesh, job: (product, placed(mesh)))
+  frozen = lambda run, mesh: inference.Representation(product, placed(mesh), layer=0)
+  monkeypatch.setattr(inference, "representation", frozen)
   return matrix
 
 
 def run(workdir, *more):
-  assert command.main(["embed", *TINY, f"--workdir={workdir}", *more]) == 0
+  job("embed", workdir, *OPTIONS, *more)
   return json.loads((workdir / "result.json").read_text())
 
 
 def refused(capsys, workdir, *more):
-  """Returns the line that a command gets which ends with exit code 2."""
-  assert command.main(["embed", *TINY, f"--workdir={workdir}", *more]) == 2
+  """Returns the message of a command that ends with exit code 2."""
+  assert command.main(["embed", *TINY, *OPTIONS, f"--workdir={workdir}", *more]) == 2
   return capsys.readouterr().err.splitlines()[-1]
 
 
@@ -79,10 +65,9 @@ def folder_of(root, count=11):
   return sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_files_hold_every_example_once_in_the_order_of_the_split(tmp_path, projection, monkeypatch, devices):
-  local = jax.local_devices()[:devices]
-  monkeypatch.setattr(jax, "local_devices", lambda: local)
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.devices(8))])
+def test_the_files_hold_every_example_once_in_order(tmp_path, projection, devices):
+  assert len(jax.local_devices()) == devices
   result = run(tmp_path)
   table = whole(tmp_path, result)
   images, labels = shapes.draw("train", 40, 16, 0)
@@ -106,12 +91,12 @@ def test_a_second_run_computes_the_rows_of_missing_files_alone(tmp_path, project
   before = whole(tmp_path, result)
   first, second, third = (tmp_path / name for name in result["files"])
   second.unlink()
-  # As a kill leaves it.
+  # A killed process leaves this behind.
   second.with_name(second.name + ".partial").write_bytes(b"half")
   (tmp_path / "result.json").unlink()
   times = [path.stat().st_mtime_ns for path in (first, third)]
-  seen, consecutive = [], subset.consecutive
-  monkeypatch.setattr(subset, "consecutive", lambda source, *rows: seen.append(rows) or consecutive(source, *rows))
+  seen, consecutive = [], arrays.Arrays.consecutive
+  monkeypatch.setattr(arrays.Arrays, "consecutive", lambda held, *rows: seen.append(rows) or consecutive(held, *rows))
   assert run(tmp_path) == result
   assert seen == [(16, 32)]
   assert [path.stat().st_mtime_ns for path in (first, third)] == times
@@ -131,14 +116,14 @@ def test_a_folder_of_any_sizes_becomes_parquet_with_file_names(tmp_path, project
   assert columns["name"] == names
   assert columns["index"] == list(range(11))
   assert [result["class_names"][label] for label in columns["label"]] == [name.split("/")[0] for name in names]
-  # One by one, with a crop of its own, as any other batch size.
+  # Images of several sizes are cropped one by one, so files of another length hold the same features.
   one = run(tmp_path / "b", *of_folder)
   table = whole(tmp_path / "b", one)
   np.testing.assert_array_equal(table["name"], names)
   np.testing.assert_allclose(np.array(columns["features"], np.float32), table["features"], rtol=1e-6, atol=1e-6)
 
 
-def test_other_images_or_another_checkpoint_do_not_mix_with_what_is_there(tmp_path, projection, capsys):
+def test_other_images_do_not_mix_with_those_of_the_folder(tmp_path, projection, capsys):
   folder_of(tmp_path / "images")
   of_folder = ["--config.data.source=folder", f"--config.data.dir={tmp_path}/images", "--config.data.resident=false"]
   run(tmp_path / "run", *of_folder)
@@ -158,8 +143,7 @@ def test_mistakes_are_one_line(tmp_path, projection, capsys, monkeypatch):
   np.savez(tmp_path / "none.npz", train_images=np.zeros((0, 16, 16, 3), np.uint8))
   empty = ["--config.data.source=arrays", f"--config.data.dir={tmp_path}/none.npz"]
   assert "has no images" in refused(capsys, tmp_path, *empty)
-  find_spec = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+  hide(monkeypatch, "pyarrow")
   assert "pyarrow, which is not installed" in refused(capsys, tmp_path, "--config.embed.format=parquet")
   assert not list(tmp_path.glob("features-*"))
 
@@ -171,62 +155,41 @@ def test_features_that_are_not_numbers_are_refused(tmp_path, projection, capsys)
 
 def test_consecutive_rows_of_record_files_are_those_of_the_whole(tfds_dir):
   for cache in (False, True):
-    source = sources.load("tfds", name="cifar10", split="test[:300]", data_dir=tfds_dir, cache=cache)
-    part = subset.consecutive(source, 130, 290)
-    np.testing.assert_array_equal(subset.labels_of(part), subset.labels_of(source)[130:290])
-    assert subset.names_of(part) == subset.names_of(source)[130:290]
+    request = source.Request("test[:300]", name="cifar10", data_dir=tfds_dir, cache=cache)
+    whole_split = sources.load("tfds", request)
+    part = whole_split.consecutive(130, 290)
+    np.testing.assert_array_equal(part.labels(), whole_split.labels()[130:290])
+    assert part.names() == whole_split.names()[130:290]
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-  """A checkpoint as pretraining leaves it, without the training; and its model and variables."""
-  workdir = tmp_path_factory.mktemp("pretrained")
-  _, file, overrides = command.parse(["--config.data.resident=true", *TINY])
-  config = command.load_config(file, overrides)
-  model = simclr.SimCLR(inference.encoder_of(config.model), setup.projection_head_of(config))
-  mesh = sharding.data_mesh(jax.devices()[:1])
-  state = state_lib.abstract(model, 16, optax.identity(), mesh, split=False)
-  # Drawn by NumPy: to compile the network's own initialisation takes longer than the rest of the test.
-  rng = np.random.default_rng(0)
-  draw = lambda x: jax.device_put(np.asarray(rng.uniform(0.1, 0.3, x.shape), x.dtype), x.sharding)
-  state = jax.tree.map(draw, state)
-  checkpoints = checkpoint.Checkpoints(str(workdir), config.to_dict(), every_steps=0, keep=1)
-  checkpoints.save(state, 3)
-  checkpoints.close()
-  return workdir, model, {"params": state.params, "batch_stats": state.batch_stats}
-
-
-def test_a_layer_of_the_projection_head_of_a_checkpoint(pretrained, tmp_path, monkeypatch):
-  local = jax.local_devices()[:1]
-  monkeypatch.setattr(jax, "local_devices", lambda: local)
-  source, model, variables = pretrained
-  argv = [f"--config.checkpoint={source}", "--config.head.evaluate_from=-1", "--config.embed.split=test"]
+def test_a_layer_of_the_projection_head_of_a_checkpoint(pretrained, tmp_path):
+  argv = [f"--config.checkpoint={pretrained}", "--config.head.evaluate_from=-1", "--config.embed.split=test"]
   assert command.main(["embed", *argv, f"--workdir={tmp_path}"]) == 0
   result = json.loads((tmp_path / "result.json").read_text())
   assert (result["dimension"], result["layer"]) == (8, 2)
-  assert result["checkpoint"] == str(source / "checkpoints" / "3")
-  images, _ = shapes.draw("test", 40, 16, 0)
+  assert result["checkpoint"] == str(pretrained / "checkpoints" / "6")
+  images, _ = shapes.draw("test", 80, 16, 0)
+  saved = checkpoint.open(str(pretrained))
+  model = network.Network(config_lib.completed(saved.config)).pretraining_model(classes=10)
+  params, batch_stats = saved.load(*state_lib.abstract_variables(model, 16, sharding.data_mesh()))
   z_of = jax.jit(lambda variables, images: model.apply(variables, images, train=False)[1])
-  z = z_of(variables, images.astype(np.float32) / 255)
+  z = z_of({"params": params, "batch_stats": batch_stats}, images.astype(np.float32) / 255)
   np.testing.assert_allclose(whole(tmp_path, result)["features"], z, rtol=0, atol=1e-5 * np.abs(z).max())
 
 
 @pytest.mark.slow
-def test_two_processes_deal_the_files_out_and_write_what_one_does(pretrained, tmp_path):
+def test_two_processes_share_the_files_and_write_what_one_does(pretrained, tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-  argv = [sys.executable, "-m", "simclr_jax", "embed", f"--config.checkpoint={pretrained[0]}"]
-  start = lambda workdir, *more: subprocess.Popen(
-    [*argv, f"--workdir={tmp_path}/{workdir}", *more],
-    cwd=ROOT,
-    env=environment,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  together = [f"--coordinator=localhost:{port}", "--processes=2"]
-  for process in (start("two", *together, "--process=0"), start("two", *together, "--process=1"), start("one")):
+  options = [f"--config.checkpoint={pretrained}", "--config.embed.rows_per_file=16"]
+  argv = [sys.executable, "-m", "simclr_jax", "embed", *options, f"--workdir={tmp_path}/two"]
+  argv += [f"--coordinator=localhost:{port}", "--processes=2"]
+  keys = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+  keys["env"] = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+  processes = [subprocess.Popen([*argv, f"--process={number}"], **keys) for number in range(2)]
+  assert command.main(["embed", *options, f"--workdir={tmp_path}/one"]) == 0
+  for process in processes:
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
   results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
@@ -234,5 +197,5 @@ def test_two_processes_deal_the_files_out_and_write_what_one_does(pretrained, tm
   one, two = (whole(tmp_path / name, results[0]) for name in ("one", "two"))
   for name in ("name", "label", "index"):
     np.testing.assert_array_equal(one[name], two[name])
-  # Each process has half of the batch.
+  # Each process takes half of the batch by itself.
   np.testing.assert_allclose(one["features"], two["features"], rtol=1e-5)

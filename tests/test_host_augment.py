@@ -1,6 +1,7 @@
-"""The host's augmentation: its operations give the reference's numbers, its laws the distributions."""
+"""The host's augmentation: its operations give the reference's numbers, its views the distributions."""
 
 import colorsys
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,17 +9,20 @@ import tensorflow as tf
 from samples import distance, distance_to_uniform
 
 from simclr_jax import errors
-from simclr_jax.data import host_augment, law
+from simclr_jax.data import distortion as distortion_lib
+from simclr_jax.data import host_augment
+from simclr_jax.data.distortion import Distortion
 
-# No crop, no coin: what a test wants of the law it adds.
-NOTHING = {
-  "color_probability": 0.0,
-  "grayscale_probability": 0.0,
-  "blur_probability": 0.0,
-  "flip": False,
-  "area": (1.0, 1.0),
-  "aspect": (1.0, 1.0),
-}
+# Without any effect: each test switches on what it looks at.
+NOTHING = Distortion(
+  size=16,
+  min_area=1.0,
+  aspect=(1.0, 1.0),
+  flip=False,
+  color_probability=0.0,
+  grayscale_probability=0.0,
+  blur_probability=0.0,
+)
 PIXELS = np.array([[[0.2, 0.5, 0.9], [0.7, 0.1, 0.3]], [[0.0, 1.0, 0.4], [0.6, 0.6, 0.6]]], np.float32)
 
 
@@ -33,9 +37,9 @@ def draws(function, count):
   return mapped().numpy()
 
 
-def views(image, count, **law):
-  law = {**NOTHING, **law}
-  return draws(lambda seed: host_augment.pretrain_view(image, seed, size=len(image), **law), count)
+def views(image, count, **parameters):
+  distortion = dataclasses.replace(NOTHING, size=len(image), **parameters)
+  return draws(lambda seed: host_augment.pretrain_view(image, seed, distortion), count)
 
 
 def test_color_operations_give_the_numbers_of_the_reference(reference):
@@ -168,7 +172,7 @@ def test_operations_take_leading_axes():
     np.testing.assert_allclose(together, one_by_one, rtol=0, atol=1e-6)
 
 
-def test_the_crop_law_is_that_of_the_reference(reference):
+def test_crops_have_the_distribution_of_the_reference(reference):
   fixture = reference("crop_law")
   columns = {"y0": 0, "x0": 1, "height": 2, "width": 3}
   for height, width in fixture["sizes"].tolist():
@@ -176,11 +180,11 @@ def test_the_crop_law_is_that_of_the_reference(reference):
     wanted = wanted[:, [list(fixture["columns"]).index(name) for name in columns]]
     box = lambda seed, h=height, w=width: tf.cast(host_augment.crop_box(seed, h, w), tf.float32)
     boxes = draws(box, len(wanted)).astype(np.float64)
-    laws = {name: lambda x, column=column: x[:, column] for name, column in columns.items()}
-    laws |= {"area": lambda x: x[:, 2] * x[:, 3] / (height * width), "aspect": lambda x: x[:, 3] / x[:, 2]}  # noqa: B023
-    for name, value in laws.items():
+    numbers = {name: lambda x, column=column: x[:, column] for name, column in columns.items()}
+    numbers |= {"area": lambda x: x[:, 2] * x[:, 3] / (height * width), "aspect": lambda x: x[:, 3] / x[:, 2]}  # noqa: B023
+    for name, value in numbers.items():
       assert distance(value(boxes), value(wanted)) < 0.02, (height, width, name)
-    assert laws["area"](boxes).min() >= 0.1
+    assert numbers["area"](boxes).min() >= 0.1
 
 
 def test_a_crop_that_no_attempt_finds_is_the_whole_image():
@@ -189,30 +193,30 @@ def test_a_crop_that_no_attempt_finds_is_the_whole_image():
 
 
 def test_a_crop_is_sought_many_times_before_the_whole_image_is_taken():
-  # Most attempts in this range end below the law's floor of 0.1.
+  # Most attempts in this range are below the smallest share, 0.1.
   boxes = draws(lambda seed: tf.cast(host_augment.crop_box(seed, 100, 100, area=(0.08, 0.105)), tf.float32), 300)
   assert boxes[:, 2].max() < 50
 
 
 def test_the_ranges_of_the_crop_can_be_set():
-  law = {"area": (0.5, 0.6), "aspect": (1.9, 2.1)}
-  boxes = draws(lambda seed: tf.cast(host_augment.crop_box(seed, 300, 600, **law), tf.float32), 300)
+  box = lambda seed: host_augment.crop_box(seed, 300, 600, area=(0.5, 0.6), aspect=(1.9, 2.1))
+  boxes = draws(lambda seed: tf.cast(box(seed), tf.float32), 300)
   area, aspect = boxes[:, 2] * boxes[:, 3] / 180000, boxes[:, 3] / boxes[:, 2]
   assert 0.49 < area.min() < 0.52 < 0.58 < area.max() < 0.61
   assert 1.88 < aspect.min() < 1.92 < 2.08 < aspect.max() < 2.12
 
 
-def test_without_crop_and_coins_a_view_is_the_image():
+def test_a_view_without_distortion_is_the_image():
   image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
   np.testing.assert_allclose(views(image, 3), np.stack([unit(image)] * 3), rtol=0, atol=1e-7)
 
 
-def test_coins_fall_as_often_as_asked():
+def test_each_change_is_as_frequent_as_asked():
   image = np.random.default_rng(0).random((16, 16, 3), np.float32)
   count = 2000
 
-  def share(**law):
-    return np.mean(np.abs(views(image, count, **law) - image).max((1, 2, 3)) > 1e-4)
+  def share(**parameters):
+    return np.mean(np.abs(views(image, count, **parameters) - image).max((1, 2, 3)) > 1e-4)
 
   assert share(flip=True) == pytest.approx(0.5, abs=0.045)
   for probability in (0.8, 0.3):
@@ -222,7 +226,7 @@ def test_coins_fall_as_often_as_asked():
   large = np.random.default_rng(0).random((24, 24, 3), np.float32)  # below 20 pixels one tap is left
   blurred = views(large, count, blur_probability=0.5, blur_sigma=(1.0, 2.0))
   assert np.mean(np.abs(blurred - large).max((1, 2, 3)) > 1e-4) == pytest.approx(0.5, abs=0.045)
-  assert share(blur=False, blur_probability=1.0) == 0.0
+  assert share(blur_probability=0.0) == 0.0
 
 
 def test_a_flip_mirrors_left_and_right():
@@ -233,22 +237,22 @@ def test_a_flip_mirrors_left_and_right():
 
 def test_color_factors_are_uniform_in_the_ranges_of_the_reference():
   strength, count = 0.5, 4000
-  law = {"color_probability": 1.0, "color_strength": strength}
+  color = {"color_probability": 1.0, "color_strength": strength}
   gray = np.full([4, 4, 3], 0.25, np.float32)  # only brightness changes it
-  factor = views(gray, count, **law)[:, 0, 0, 0] / 0.25
+  factor = views(gray, count, **color)[:, 0, 0, 0] / 0.25
   assert distance_to_uniform(np.round(factor, 6), 0.6, 1.4) < 0.03
-  added = views(gray * 2, count, brightness="additive", **law)[:, 0, 0, 0] - 0.5
+  added = views(gray * 2, count, brightness="additive", **color)[:, 0, 0, 0] - 0.5
   assert distance_to_uniform(np.round(added, 6), -0.4, 0.4) < 0.03
 
-  color = np.broadcast_to(np.array([0.5, 0.25, 0.25], np.float32), [4, 4, 3])  # of hue 0; no clipping at this strength
-  seen = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in views(color, count, **law)[:, 0, 0].astype(np.float64)])
+  red = np.broadcast_to(np.array([0.5, 0.25, 0.25], np.float32), [4, 4, 3])  # of hue 0; no clipping at this strength
+  seen = np.array([colorsys.rgb_to_hsv(*pixel) for pixel in views(red, count, **color)[:, 0, 0].astype(np.float64)])
   turn = (seen[:, 0] + 0.5) % 1 - 0.5
   assert distance_to_uniform(np.round(turn, 5), -0.1, 0.1) < 0.03
   assert distance_to_uniform(np.round(seen[:, 1] / 0.5, 5), 0.6, 1.4) < 0.03
 
   step = np.full([4, 4, 3], 0.4, np.float32)
   step[2:] = 0.6  # the ratio of the difference to the sum shows the contrast, whatever the brightness
-  seen = views(step, count, **law)[:, ::2, 0, 0]
+  seen = views(step, count, **color)[:, ::2, 0, 0]
   contrast = (seen[:, 1] - seen[:, 0]) / seen.sum(1) / 0.2
   assert distance_to_uniform(np.round(contrast, 5), 0.6, 1.4) < 0.03
   factors = np.stack([factor, turn, contrast])
@@ -292,7 +296,7 @@ def test_the_blur_of_a_view_has_a_tenth_of_its_size(reference):
 
 def test_a_view_is_a_function_of_its_seed():
   image = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
-  again = [host_augment.two_views(image, seed, size=32).numpy() for seed in ([1, 2], [1, 2], [2, 2], [1, 3])]
+  again = [host_augment.two_views(image, seed, Distortion(32)).numpy() for seed in ([1, 2], [1, 2], [2, 2], [1, 3])]
   np.testing.assert_array_equal(again[0], again[1])
   pairs = [again[0][0], again[0][1], again[2][0], again[3][0]]
   for i, one in enumerate(pairs):
@@ -303,8 +307,8 @@ def test_a_view_is_a_function_of_its_seed():
 def test_views_have_their_size_and_lie_between_0_and_1():
   image = np.random.default_rng(0).integers(0, 2, (50, 60, 3), np.uint8) * 255
   for seed in range(20):
-    both = host_augment.two_views(image, [seed, 0], size=40).numpy()
-    one = host_augment.train_view(image, [seed, 0], size=40).numpy()
+    both = host_augment.two_views(image, [seed, 0], Distortion(40)).numpy()
+    one = host_augment.train_view(image, [seed, 0], Distortion(40)).numpy()
     assert both.shape == (2, 40, 40, 3)
     assert one.shape == (40, 40, 3)
     for view in (both, one):
@@ -315,20 +319,21 @@ def test_views_have_their_size_and_lie_between_0_and_1():
 
 def test_a_training_view_is_cropped_and_flipped_and_nothing_else():
   image = np.random.default_rng(0).random((16, 16, 3), np.float32)
-  law = {"area": (1.0, 1.0), "aspect": (1.0, 1.0)}
-  seen = draws(lambda seed: host_augment.train_view(image, seed, size=16, **law), 400)
+  distortion = Distortion(16, min_area=1.0, aspect=(1.0, 1.0))
+  seen = draws(lambda seed: host_augment.train_view(image, seed, distortion), 400)
   mirrored = np.array([np.array_equal(view, image[:, ::-1]) for view in seen])
   same = np.array([np.array_equal(view, image) for view in seen])
   assert np.all(mirrored | same)
   assert mirrored.mean() == pytest.approx(0.5, abs=0.1)
 
 
-def test_knobs_without_meaning_are_refused_up_front():
-  image = np.zeros([8, 8, 3], np.float32)
+def test_impossible_parameters_are_refused():
   with pytest.raises(errors.UserError, match=r"color_strength 1\.3 is outside 0 to 1\.25.*use at most 1\.25"):
-    host_augment.pretrain_view(image, [1, 2], size=8, color_strength=1.3)
+    Distortion(8, color_strength=1.3)
   with pytest.raises(errors.UserError, match='unknown brightness "aditive".*did you mean "additive"'):
-    host_augment.pretrain_view(image, [1, 2], size=8, brightness="aditive")
+    Distortion(8, brightness="aditive")
+  with pytest.raises(errors.UserError, match='unknown resize "bicubc".*did you mean "bicubic"'):
+    Distortion(8, resize="bicubc")
 
 
 def photo(seed, height=75, width=100):
@@ -340,42 +345,42 @@ def photo(seed, height=75, width=100):
 
 
 @pytest.mark.parametrize("kind", ["image", "jpeg", "png"])
-def test_crops_for_the_device_are_the_views_of_the_host_before_their_colors_change(kind):
-  knobs = {"color_probability": 0.0, "grayscale_probability": 0.0, "blur": False}
+def test_crops_are_the_views_before_their_colors_change(kind):
+  distortion = Distortion(32, color_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
   for number in range(8):
     image = photo(number)
     encode = {"image": lambda x: x, "jpeg": tf.io.encode_jpeg, "png": tf.io.encode_png}[kind]
     content, seed = encode(image), [number, 5]
-    crops = host_augment.two_crops(content, seed, size=32)
+    crops = host_augment.two_crops(content, seed, distortion)
     assert crops.dtype == tf.uint8
-    views = host_augment.two_views(content, seed, size=32, **knobs)
+    views = host_augment.two_views(content, seed, distortion)
     np.testing.assert_allclose(crops / 255, views, rtol=0, atol=0.5 / 255 + 1e-5)
-    single = host_augment.train_crop(content, seed, size=32)
-    np.testing.assert_allclose(
-      single / 255, host_augment.train_view(content, seed, size=32), rtol=0, atol=0.5 / 255 + 1e-5
-    )
+    single = host_augment.train_crop(content, seed, distortion)
+    view = host_augment.train_view(content, seed, distortion)
+    np.testing.assert_allclose(single / 255, view, rtol=0, atol=0.5 / 255 + 1e-5)
 
 
-def test_only_what_the_crops_cover_is_decoded_and_its_pixels_are_those_of_the_whole_image(monkeypatch):
+def test_a_jpeg_is_decoded_only_where_crops_are_with_the_same_pixels(monkeypatch):
   decoded = []
 
   def watched(content, window, **options):
     decoded.append(np.array(window))
     return original(content, window, **options)
 
-  original = tf.image.decode_and_crop_jpeg
+  original, distortion = tf.image.decode_and_crop_jpeg, Distortion(40, min_area=0.1, max_area=0.3)
   monkeypatch.setattr(tf.image, "decode_and_crop_jpeg", watched)
   for number in range(40):
     content = tf.io.encode_jpeg(photo(number, 150, 200), quality=90)
-    # Of odd places and sizes, since the colours of a JPEG are stored for blocks of pixels.
-    parts = host_augment.two_crops(content, [number, 1], size=40, area=(0.1, 0.3))
-    whole = host_augment.two_crops(tf.io.decode_jpeg(content, channels=3), [number, 1], size=40, area=(0.1, 0.3))
+    # Many random places and sizes, because the colours of a JPEG are stored for blocks of pixels.
+    parts = host_augment.two_crops(content, [number, 1], distortion)
+    whole = host_augment.two_crops(tf.io.decode_jpeg(content, channels=3), [number, 1], distortion)
     np.testing.assert_array_equal(parts, whole)
   areas = np.array([window[2] * window[3] for window in decoded])
   assert areas.mean() < 0.7 * 150 * 200
 
 
-def test_the_faster_resize_is_close_to_the_reference_s():
+def test_the_faster_resize_is_close_to_the_references():
   image = photo(3)
-  crops = [host_augment.two_crops(image, [1, 2], size=32, resize=name).numpy().astype(int) for name in law.RESIZES]
+  distortions = [Distortion(32, resize=name) for name in distortion_lib.RESIZES]
+  crops = [host_augment.two_crops(image, [1, 2], distortion).numpy().astype(int) for distortion in distortions]
   assert 0 < np.abs(crops[0] - crops[1]).mean() < 1.0  # of 255

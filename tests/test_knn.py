@@ -1,24 +1,21 @@
-"""Nearest neighbours: the definition's answer, on any number of devices, and never the matrix of all similarities."""
-
-import json
-import pathlib
+"""Nearest neighbours: the results of the definition on any number of devices, without a matrix of all similarities."""
 
 import jax
 import numpy as np
 import pytest
 
-from simclr_jax import __main__ as command
 from simclr_jax import errors
 from simclr_jax.evaluation import neighbours
 from simclr_jax.hardware import sharding
 
-ROOT = pathlib.Path(__file__).parents[1]
+EIGHT = pytest.mark.devices(8)
 MESHES = {"one device": lambda: None, "eight devices": sharding.data_mesh}
 KS, TEMPERATURES = [5, 413, 1], [0.07, 1.0]
 
 
-def twin(train_x, train_y, test_x, test_y, *, ks, temperatures, classes):
+def twin(train, test, *, ks, temperatures, classes):
   """Returns the accuracies by the definition, in float64."""
+  (train_x, train_y), (test_x, test_y) = train, test
   unit = lambda x: x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
   similarity = unit(test_x) @ unit(train_x).T
   order = np.argsort(-similarity, axis=1, kind="stable")
@@ -38,25 +35,25 @@ def twin(train_x, train_y, test_x, test_y, *, ks, temperatures, classes):
 
 
 def drawn(*, ties, train=413, test=90, classes=9):
-  """Returns features whose classes overlap; with ties, most similarities occur many times, exactly."""
+  """Returns (train, test) features whose classes overlap; with ties, most similarities occur many times, exactly."""
   rng = np.random.default_rng(0)
   sizes = (train, test)
   if ties:
-    # Sixteen numbers of one size: their length is a power of two, and every similarity a multiple of 1/8.
+    # Entries of +1 and -1 in 16 dimensions: the norm is exactly 4 and every similarity an exact multiple of 1/8.
     x = [rng.choice([-1.0, 1.0], (size, 16)) for size in sizes]
   else:
-    # Lengths must not count.
+    # Of very different norms, which must not matter.
     x = [rng.standard_normal((size, 16)) * rng.uniform(0.1, 10, (size, 1)) for size in sizes]
-  # To the class that a random direction is for, or to any.
+  # The class of the nearest of some random directions, or any class.
   directions = rng.standard_normal((16, classes))
   y = [
     np.where(rng.random(len(part)) < 0.7, np.argmax(part @ directions, axis=1), rng.integers(0, classes, len(part)))
     for part in x
   ]
-  return x[0].astype(np.float32), y[0], x[1].astype(np.float32), y[1]
+  return (x[0].astype(np.float32), y[0]), (x[1].astype(np.float32), y[1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["one device", pytest.param("eight devices", marks=EIGHT)])
 @pytest.mark.parametrize("ties", [True, False])
 def test_every_k_and_temperature_is_what_the_definition_says(mesh, ties):
   data = drawn(ties=ties)
@@ -69,9 +66,10 @@ def test_every_k_and_temperature_is_what_the_definition_says(mesh, ties):
   assert len({cell["top1"] for cell in found}) > 3
 
 
+@EIGHT
 @pytest.mark.parametrize("block", [7, 4096])
-def test_the_neighbours_are_the_same_ones_on_one_and_on_eight_devices(block):
-  train_x, _, test_x, _ = drawn(ties=True)
+def test_one_and_eight_devices_find_the_same_neighbours(block):
+  (train_x, _), (test_x, _) = drawn(ties=True)
   similarity = test_x.astype(np.float64) @ train_x.T.astype(np.float64) / 16
   order = np.argsort(-similarity, axis=1, kind="stable")[:, :100]
   for devices in (1, 8):
@@ -84,6 +82,7 @@ def test_the_neighbours_are_the_same_ones_on_one_and_on_eight_devices(block):
     np.testing.assert_array_equal(np.asarray(found)[: len(test_x)], np.take_along_axis(similarity, order, axis=1))
 
 
+@EIGHT
 def test_no_device_holds_all_training_rows_or_their_similarities():
   rng = np.random.default_rng(0)
   mesh = sharding.data_mesh()
@@ -96,21 +95,20 @@ def test_no_device_holds_all_training_rows_or_their_similarities():
   assert "f32[64,256]" in text
   for shape in ("[64,2048]", "[64,16384]", "[16384,32]"):
     assert shape not in text
-  # A block's similarities, with their rows and sorted, not those of the device's eight blocks.
+  # The similarities of one block, with their row numbers and sorted, not those of all eight blocks of a device.
   assert compiled.memory_analysis().temp_size_in_bytes < 6 * 64 * (256 + 10) * 4
 
 
-def test_a_class_that_no_neighbour_has_is_never_right():
+def test_a_class_without_a_vote_is_never_correct():
   x = np.eye(4, dtype=np.float32)
-  (found,) = neighbours.accuracies(x[:2], [3, 3], x[:2], [0, 3], neighbours=[2], temperatures=[0.1], classes=5)
+  (found,) = neighbours.accuracies((x[:2], [3, 3]), (x[:2], [0, 3]), neighbours=[2], temperatures=[0.1], classes=5)
   assert (found["top1"], found["top5"]) == (0.5, 0.5)
 
 
-def test_features_that_are_not_numbers_are_never_right():
-  train_x, train_y, test_x, test_y = drawn(ties=False)
-  train_x[7] = np.nan
-  keys = {"neighbours": [3], "temperatures": [0.1], "classes": 9}
-  (found,) = neighbours.accuracies(train_x, train_y, test_x, test_y, **keys)
+def test_with_nan_among_the_features_no_row_is_correct():
+  train, test = drawn(ties=False)
+  train[0][7] = np.nan
+  (found,) = neighbours.accuracies(train, test, neighbours=[3], temperatures=[0.1], classes=9)
   assert (found["top1"], found["top5"]) == (0, 0)
 
 
@@ -118,45 +116,3 @@ def test_features_that_are_not_numbers_are_never_right():
 def test_more_neighbours_than_there_are_images_are_refused(k):
   with pytest.raises(errors.UserError, match=f"{k} neighbours asked for and there are 413 training images; use 1 to"):
     neighbours.accuracies(*drawn(ties=False), neighbours=[3, k], temperatures=[0.1], classes=9)
-
-
-TINY = [
-  f"--config={ROOT}/configs/cifar10.py",
-  "--config.data.source=shapes",
-  "--config.data.examples=80",
-  "--config.data.image_size=16",
-  "--config.model.depth=10",
-  "--config.model.width=0.0625",
-  "--config.eval_batch_size=24",
-  "--config.checkpoint=random",
-]
-
-
-def test_the_job_counts_every_combination_on_the_whole_split(tmp_path, capsys):
-  keys = ["--config.knn.neighbours=5,1", "--config.knn.temperatures=0.1,0.5", "--config.data.eval_split=train"]
-  assert command.main(["knn", *TINY, *keys, f"--workdir={tmp_path}"]) == 0
-  result = json.loads((tmp_path / "result.json").read_text())
-  assert [(cell["k"], cell["temperature"]) for cell in result["table"]] == [(5, 0.1), (5, 0.5), (1, 0.1), (1, 0.5)]
-  assert (result["eval/knn_top1"], result["eval/knn_top5"]) == (result["table"][0]["top1"], result["table"][0]["top5"])
-  assert (result["eval/examples"], result["train/examples"], result["layer"]) == (80, 80, 0)
-  # Every image is its own nearest neighbour.
-  assert result["table"][2]["top1"] == 1
-  assert f"{100 * result['eval/knn_top1']:.2f} /" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-  ("override", "said"),
-  [
-    ("knn.neighbours=5,81", "81 neighbours asked for and there are 80 training images; use 1 to 80"),
-    ("knn.neighbours=5,0", "config.knn.neighbours is '5,0'; give whole numbers above 0"),
-    ("knn.neighbours=", "config.knn.neighbours is ''; give whole numbers"),
-    ("knn.temperatures=0", "config.knn.temperatures is '0'; give numbers above 0"),
-    ("checkpoint=", "knn has no encoder; give --config.checkpoint=RUN"),
-  ],
-)
-def test_a_mistake_gets_one_line(tmp_path, capsys, override, said):
-  argv = [*TINY, "--config.knn.neighbours=5", f"--config.{override}", f"--workdir={tmp_path}"]
-  assert command.main(["knn", *argv]) == 2
-  err = capsys.readouterr().err
-  assert said in err
-  assert err.count("\n") == 1

@@ -1,35 +1,16 @@
-"""What pretraining measures beside its loss: the definitions, and that measuring changes nothing."""
+"""Measures during pretraining: the formulas, and what they are computed on, with a network of three matrices."""
 
 import math
-import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_step
 
-from simclr_jax import __main__ as command
-from simclr_jax import errors
-from simclr_jax.data import arrays, shapes, sources, subset
-from simclr_jax.evaluation import geometry, neighbours
+from simclr_jax.evaluation import geometry, monitor, neighbours
 from simclr_jax.hardware import sharding
-from simclr_jax.jobs import feed, monitor, setup
 
-ROOT = pathlib.Path(__file__).parents[1]
-SMALL = [
-  f"--config={ROOT}/configs/cifar10.py",
-  "--config.data.source=shapes",
-  "--config.data.examples=80",
-  "--config.data.image_size=16",
-  "--config.batch_size=16",
-  "--config.eval_batch_size=24",
-  "--config.monitor.knn_images=48",
-  "--config.monitor.knn_neighbours=5",
-  "--config.monitor.pairs=24",
-]
-
-
-# Slow twins, from the formulas, in float64.
+# Slow versions of the formulas, in float64.
 
 
 def unit(x):
@@ -59,7 +40,7 @@ def effective_rank(x):
   return math.exp(-sum(share * math.log(share) for share in shares))
 
 
-def test_alignment_uniformity_and_rank_are_those_of_the_definitions():
+def test_alignment_uniformity_and_rank_agree_with_the_formulas():
   z = np.random.default_rng(0).normal(size=(20, 2, 6)).astype(np.float32) * 3 + 0.5
   assert geometry.alignment(z) == pytest.approx(alignment(z.astype(np.float64)), rel=1e-6)
   assert geometry.uniformity(z) == pytest.approx(uniformity(z.astype(np.float64)), rel=1e-6)
@@ -70,7 +51,7 @@ def test_a_collapse_shows_and_gaussians_have_nearly_full_rank():
   point = np.broadcast_to(np.float32([1, 2, 3, 4]), (16, 2, 4))
   assert geometry.alignment(point) == pytest.approx(0, abs=1e-12)
   assert geometry.uniformity(point) == pytest.approx(0, abs=1e-12)
-  # On a line, of any lengths: one direction.
+  # Multiples of one vector have one direction.
   line = point[:, 0] * np.arange(1, 17, dtype=np.float32)[:, None]
   assert geometry.effective_rank(line) == pytest.approx(1, abs=1e-6)
   spread = np.random.default_rng(0).normal(size=(4096, 2, 32))
@@ -83,149 +64,125 @@ def test_a_collapse_shows_and_gaussians_have_nearly_full_rank():
   assert math.isnan(geometry.effective_rank(np.full((5, 3), np.nan)))
 
 
-def config_of(*more):
-  _, file, overrides = command.parse([*SMALL, *more])
-  return command.load_config(file, overrides)
+class Network:
+  """h = relu(images w), z = h v, logits = h u (None without u); counts how often it is traced."""
+
+  def __init__(self):
+    self.traced = 0
+
+  def apply(self, variables, images, *, train):
+    assert not train
+    self.traced += 1
+    params = variables["params"]
+    h = jax.nn.relu(images.reshape(len(images), -1) @ params["w"])
+    return h, h @ params["v"], h @ params["u"] if "u" in params else None
 
 
-def parts(devices, *more, dtype=np.float32):
-  """Returns (model, its state with optimizer and schedule, evaluate, images) of a small network on so many devices."""
-  config, mesh = config_of(*more), sharding.data_mesh(jax.devices()[:devices])
-  model = small_step.network(dtype)
-  train = setup.source_of(config, config.data.train_split)
-  images = feed.pairs(config, train, mesh)
-  evaluate = monitor.evaluate_of(config, model, mesh, train, monitor.views_of(config, images))
-  return model, small_step.start(model, mesh), evaluate, images
+CLASSES, PAIRS = 7, 24
 
 
-@pytest.fixture(scope="module")
-def one():
-  """The parts on one device."""
-  return parts(1)
+def variables(dtype, *, online=True):
+  rng = np.random.default_rng(0)
+  shapes = {"w": (48, 20), "v": (20, 7), "u": (20, CLASSES)}
+  params = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items() if online or name != "u"}
+  return {"params": params, "batch_stats": {}}
 
 
-@pytest.fixture(scope="module")
-def measured(one):
-  """The metrics of that network."""
-  _, (state, _, _), evaluate, _ = one
-  return evaluate(state)
+def images(seed, count):
+  """Returns images f64[N, 4, 4, 3] and label i32[N]."""
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(count, 4, 4, 3)), rng.integers(0, CLASSES, count).astype(np.int32)
 
 
-def test_every_measure_is_there_and_in_its_range(measured):
-  assert set(measured) == {
-    *(f"eval/online_{name}" for name in ("top1", "top5", "loss", "examples")),
-    *(f"eval/{name}" for name in ("knn_top1", "alignment", "uniformity", "rank_h", "rank_z")),
-  }
-  assert measured["eval/online_examples"] == 80
-  assert 0 <= measured["eval/alignment"] <= 4
-  assert -8 <= measured["eval/uniformity"] <= 0
-  assert 1 <= measured["eval/rank_z"] <= 32
-  assert 1 <= measured["eval/rank_h"] <= 48
+def batches(seed, count, dtype, size=24):
+  """Returns a function that starts a pass over `images`, the last batch padded."""
+
+  def rows():
+    image, label = (np.concatenate([x, np.zeros((-count % size, *x.shape[1:]), x.dtype)]) for x in images(seed, count))
+    index = np.arange(len(image))
+    columns = {"image": image.astype(dtype), "label": label, "index": index, "mask": (index < count).astype(np.float32)}
+    return ({name: x[begin : begin + size] for name, x in columns.items()} for begin in range(0, count, size))
+
+  return rows
 
 
+def pairs(dtype):
+  return np.random.default_rng(3).normal(size=(2, 16, 2, 4, 4, 3)).astype(dtype)
+
+
+def measures(devices, dtype, *, network=None, known=48, gather=lambda params: params):
+  """Returns (accuracies, geometry), both variables -> metrics, on so many devices."""
+  network, mesh = network or Network(), sharding.data_mesh(jax.devices()[:devices])
+  views = lambda: (sharding.global_batch(mesh, part) for part in pairs(dtype))
+  held_out, known = batches(1, 80, dtype), known and batches(2, known, dtype)
+  accuracies = monitor.held_out_accuracies(
+    network, mesh, held_out, known, knn_neighbours=5, gather_params=gather, classes=CLASSES
+  )
+  return accuracies, monitor.pair_geometry(network, mesh, views, PAIRS, gather)
+
+
+@pytest.mark.devices(8)
 def test_eight_devices_measure_what_one_does(x64):
   results = []
   for devices in (1, 8):
-    _, (state, _, _), evaluate, _ = parts(devices, dtype=np.float64)
-    results.append(evaluate(state))
+    accuracies, shape = measures(devices, np.float64)
+    results.append({**accuracies(variables(np.float64)), **shape(variables(np.float64))})
   assert results[0] == pytest.approx(results[1], rel=1e-9)
 
 
-def test_fed_images_are_measured_as_resident_ones(measured):
-  _, (state, _, _), evaluate, _ = parts(8, "--config.data.resident=false")
-  found = evaluate(state)
-  assert set(found) == set(measured)
-  # The pairs are others: the two feeds have orders of their own.
-  for name in measured:
-    if "online" in name:
-      assert found[name] == pytest.approx(measured[name], rel=1e-5), name
+def test_held_out_accuracies_agree_with_numpy():
+  accuracies, _ = measures(1, np.float32)
+  found, params = accuracies(variables(np.float32)), variables(np.float64)["params"]
+  h = {
+    seed: np.maximum(images(seed, count)[0].reshape(count, -1) @ params["w"], 0) for seed, count in ((1, 80), (2, 48))
+  }
+  label, logits = images(1, 80)[1], h[1] @ params["u"]
+  order = np.argsort(-logits, axis=1)
+  assert found["online_examples"] == 80
+  assert found["online_top1"] == np.mean(order[:, 0] == label)
+  assert found["online_top5"] == np.mean(np.any(order[:, :5] == label[:, None], axis=1))
+  losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(80), label]
+  assert found["online_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+  known, test = (h[2].astype(np.float32), images(2, 48)[1]), (h[1].astype(np.float32), label)
+  keys = {"neighbours": [5], "temperatures": [0.1], "classes": CLASSES}
+  assert found["knn_top1"] == neighbours.accuracies(known, test, **keys)[0]["top1"]
 
 
-def test_the_measures_are_of_the_pairs_and_images_that_they_say(one, measured):
-  model, (state, _, _), _, images = one
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
-  h_and_z = jax.jit(lambda images: model.apply(variables, images, train=False)[:2])
-  # 24 pairs of two batches of 16: all of the first, then those that come first in the second.
-  batches = [jax.jit(images.batch_of)(images.dataset, np.int32(step)) for step in (0, 1)]
-  views = np.concatenate([jax.jit(images.prepare)(batch)["views"] for batch in batches])[:24]
-  h, z = (np.asarray(x, np.float64).reshape(24, 2, -1) for x in h_and_z(views.reshape(48, 16, 16, 3)))
-  assert measured["eval/alignment"] == pytest.approx(alignment(z), rel=1e-4)
-  assert measured["eval/uniformity"] == pytest.approx(uniformity(z), rel=1e-4)
-  assert measured["eval/rank_h"] == pytest.approx(effective_rank(h.reshape(48, -1)), rel=1e-4)
-
-  (train, train_y), (test, test_y) = (shapes.draw(split, 80, 16, 0) for split in ("train", "test"))
-  chosen = np.sort(np.random.default_rng(0).permutation(80)[:48])
-  (x, _), (test_x, _) = (h_and_z(images.astype(np.float32) / 255) for images in (train[chosen], test))
-  keys = {"neighbours": [5], "temperatures": [0.1], "classes": 10}
-  (found,) = neighbours.accuracies(np.asarray(x), train_y[chosen], np.asarray(test_x), test_y, **keys)
-  assert measured["eval/knn_top1"] == found["top1"]
+def test_pair_geometry_measures_the_first_pairs():
+  _, shape = measures(1, np.float32)
+  found, params = shape(variables(np.float32)), variables(np.float64)["params"]
+  flat = pairs(np.float64).reshape(32, 2, -1)[:PAIRS]
+  h = np.maximum(flat @ params["w"], 0)
+  z = h @ params["v"]
+  assert found["alignment"] == pytest.approx(alignment(z), rel=1e-4)
+  assert found["uniformity"] == pytest.approx(uniformity(z), rel=1e-4)
+  assert found["rank_h"] == pytest.approx(effective_rank(h.reshape(2 * PAIRS, -1)), rel=1e-4)
+  assert found["rank_z"] == pytest.approx(effective_rank(z.reshape(2 * PAIRS, -1)), rel=1e-4)
 
 
-def test_a_part_of_a_batch_is_taken_in_even_steps():
-  config, mesh = config_of(), sharding.data_mesh()
-  images = feed.pairs(config, setup.source_of(config, "train"), mesh)
-  whole = jax.jit(images.batch_of)(images.dataset, np.int32(0))["index"]
-  (rows,) = monitor._pairs(images, 8, 16)()
-  np.testing.assert_array_equal(rows["index"], whole[::2])
-  # The figure's, of a whole batch, the first ones.
-  prepared = jax.jit(images.prepare)(jax.jit(images.batch_of)(images.dataset, np.int32(0)))["views"]
-  shown = monitor.shown(monitor.views_of(config, images))
-  np.testing.assert_allclose(shown, prepared[:12], rtol=0, atol=1e-6)
-  with pytest.raises(errors.UserError, match="config.monitor.pairs 12 does not split over 8 devices"):
-    monitor._pairs(images, 12, 16)
+def test_metrics_without_their_images_or_classifier_are_absent():
+  accuracies, _ = measures(1, np.float32, known=None)
+  online = {"online_top1", "online_top5", "online_loss", "online_examples"}
+  assert set(accuracies(variables(np.float32))) == online
+  accuracies, _ = measures(1, np.float32)
+  assert set(accuracies(variables(np.float32, online=False))) == {"knn_top1"}
 
 
-def test_a_second_evaluation_traces_no_network(one, measured, monkeypatch):
-  _, (state, _, _), evaluate, _ = one
-  traced = []
-  monkeypatch.setattr(small_step.Encoder, "__call__", lambda *_, **__: traced.append(1))
-  assert evaluate(state) == measured
-  assert not traced
+def test_fewer_known_images_than_neighbours_all_vote():
+  accuracies, _ = measures(1, np.float32, known=3)
+  assert 0 <= accuracies(variables(np.float32))["knn_top1"] <= 1
 
 
-def test_without_labels_or_held_out_images_the_geometry_is_left():
-  config, mesh = config_of("--config.data.eval_split="), sharding.data_mesh(jax.devices()[:1])
-  model = small_step.network(np.float32)
-  train = setup.source_of(config, "train")
-  state, _, _ = small_step.start(model, mesh)
-  views = monitor.views_of(config, feed.pairs(config, train, mesh))
-  evaluate = monitor.evaluate_of(config, model, mesh, train, views)
-  assert set(evaluate(state)) == {f"eval/{name}" for name in ("alignment", "uniformity", "rank_h", "rank_z")}
-  nothing = config_of("--config.data.eval_split=", "--config.monitor.pairs=0")
-  assert monitor.evaluate_of(nothing, model, mesh, train, None) is None
-  with pytest.raises(errors.UserError, match="knn_neighbours is 0; use 1 or more"):
-    monitor.evaluate_of(config_of("--config.monitor.knn_neighbours=0"), model, mesh, train, None)
+def test_a_second_evaluation_traces_no_network():
+  network, gathered = Network(), []
 
+  def gather(params):
+    gathered.append(set(params))
+    return jax.tree.map(jnp.asarray, params)
 
-def test_measuring_in_between_leaves_every_bit_of_the_training(one, measured):
-  model, _, evaluate, images = one
-  state, tx, rate = small_step.start(model, images.mesh)
-  step_fn = small_step.jitted(model, images.mesh, state, tx, rate)
-  batch = sharding.global_batch(images.mesh, small_step.rows(np.float32))
-  ends = []
-  for measure in (False, True):
-    state, _, _ = small_step.start(model, images.mesh)
-    for _ in range(3):
-      if measure:
-        evaluate(state)
-      state, metrics = step_fn(state, batch)
-    ends.append(jax.device_get((state, metrics)))
-  for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
-    assert one.tobytes() == other.tobytes()
-
-
-def test_a_sample_is_fixed_and_spread(tfds_dir):
-  held = arrays.from_shapes("train", 80, 16, 0)
-  chosen = subset.sample(held, 30, 4)
-  rows = np.sort(np.random.default_rng(4).permutation(80)[:30])
-  np.testing.assert_array_equal(chosen.images, held.images[rows])
-  np.testing.assert_array_equal(chosen.labels, held.labels[rows])
-  assert subset.sample(held, 80, 4) is held
-  streamed = sources.load("tfds", name="imagenet2012", split="train", data_dir=tfds_dir)
-  part = subset.sample(streamed, 20, 0)
-  assert part.num_examples == 20
-  assert len({piece.file for piece in part.pieces}) == 8
-  known = subset.names_of(streamed)
-  firsts = np.cumsum([0] + [piece.take for piece in streamed.pieces])[:-1]
-  heads = {known[first + place] for first in firsts for place in range(3)}
-  assert set(subset.names_of(part)) <= heads
+  accuracies, shape = measures(1, np.float32, network=network, gather=gather)
+  first = {**accuracies(variables(np.float32)), **shape(variables(np.float32))}
+  traced = network.traced
+  assert gathered == [{"w", "v", "u"}] * traced
+  assert {**accuracies(variables(np.float32)), **shape(variables(np.float32))} == first
+  assert network.traced == traced

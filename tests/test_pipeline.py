@@ -1,5 +1,6 @@
-"""The order of examples: a function of (seed, step) alone, each once an epoch, from memory and files."""
+"""The host's input pipeline: its order is a function of (seed, step), each example once an epoch."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -8,16 +9,18 @@ import pytest
 import tensorflow as tf
 
 from simclr_jax import errors
-from simclr_jax.data import arrays, host_augment, pipeline, sources
+from simclr_jax.data import arrays, host_augment, pipeline, sources, stored
+from simclr_jax.data.distortion import Distortion
+from simclr_jax.data.order import Order, Process
+from simclr_jax.data.source import Request
 
-ORDER = {"batch_size": 8, "shards": 4, "seed": 5, "start_step": 0, "shuffle_window": 3}
-ALONE = {"process_index": 0, "process_count": 1}
+ORDER = Order(batch_size=8, shards=4, seed=5, shuffle_window=3)
 
 
 def in_memory(count):
   numbers = np.arange(count)
   images = np.broadcast_to(numbers[:, None, None, None], [count, 2, 2, 3]).astype(np.uint8)
-  return sources.in_memory(arrays.from_mapping({"train_images": images, "train_labels": numbers % 7}, "train"))
+  return arrays.from_mapping({"train_images": images, "train_labels": numbers % 7}, "train")
 
 
 def in_files(count, folder, per_file=5):
@@ -29,14 +32,14 @@ def in_files(count, folder, per_file=5):
     with tf.io.TFRecordWriter(path) as writer:
       for number in ["before", *held, "after"]:
         writer.write(str(number).encode())
-    pieces.append(sources.Piece(path, 1, len(held)))
+    pieces.append(stored.Piece(path, 1, len(held)))
 
   def decode(record):
     number = tf.strings.to_number(record, tf.int32)
     return tf.cast(tf.fill([2, 2, 3], number), tf.uint8), number % 7
 
   names = tuple("abcdefg")
-  return sources.Source("files", count, 7, names, decode, pieces=tuple(pieces))
+  return stored.Stored("files", names, decode, pieces=tuple(pieces))
 
 
 @pytest.fixture(params=["memory", "files"])
@@ -49,8 +52,11 @@ def show(image, seed):
   return {"image": tf.ensure_shape(image, [2, 2, 3]), "seed": seed}
 
 
-def train(source, steps, **knobs):
-  batches = pipeline.train_batches(source, show, **{**ORDER, **ALONE, **knobs})
+def train(source, steps, *, process=(0, 1), start_step=0, threads=0, **order):
+  order = dataclasses.replace(ORDER, **order)
+  batches = pipeline.train_batches(
+    source, show, order, start_step=start_step, process=Process(*process), threads=threads
+  )
   return list(itertools.islice(batches, steps))
 
 
@@ -124,14 +130,16 @@ def test_a_window_of_records_is_permuted_after_the_files(tmp_path):
 def test_batches_do_not_depend_on_the_number_of_hosts(make, count):
   source = make(37)
   alone = train(source, steps=12)
-  hosts = [train(source, steps=12, process_index=host, process_count=count) for host in range(count)]
+  hosts = [train(source, steps=12, process=(host, count)) for host in range(count)]
   assert all(len(batch["index"]) == 8 // count for host in hosts for batch in host)
   assert_same(joined(hosts), alone)
 
 
-@pytest.mark.parametrize("window", [1, 3, 7, 100])
-def test_a_resumed_stream_is_the_uninterrupted_one(make, window):
-  source = make(37)  # parts of 9 and 10 examples, two a step: epochs end inside and between batches
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path, window):
+  # Parts of 9 and 10 examples, two a step: epochs end inside and between batches. Data in memory has no window.
+  source = in_files(37, tmp_path) if window else in_memory(37)
+  window = window or ORDER.shuffle_window
   whole = train(source, steps=16, shuffle_window=window)
   for step in (1, 4, 5, 11):
     assert_same(train(source, steps=16 - step, start_step=step, shuffle_window=window), whole[step:])
@@ -172,8 +180,7 @@ def test_seeds_belong_to_the_example_and_the_epoch(make):
 
 def test_memory_and_files_give_the_same_seeds_and_the_same_evaluation(tmp_path):
   from_memory, from_files = (
-    list(pipeline.evaluation_batches(source, show, batch_size=8, **ALONE))
-    for source in (in_memory(21), in_files(21, tmp_path))
+    list(pipeline.evaluation_batches(source, show, batch_size=8)) for source in (in_memory(21), in_files(21, tmp_path))
   )
   assert_same(from_memory, from_files)
 
@@ -183,8 +190,7 @@ def test_memory_and_files_give_the_same_seeds_and_the_same_evaluation(tmp_path):
 def test_an_evaluation_takes_each_example_once_over_all_hosts(make, hosts, count):
   source = make(count)
   by_host = [
-    list(pipeline.evaluation_batches(source, show, batch_size=8, process_index=host, process_count=hosts))
-    for host in range(hosts)
+    list(pipeline.evaluation_batches(source, show, batch_size=8, process=Process(host, hosts))) for host in range(hosts)
   ]
   assert len({len(batches) for batches in by_host}) == 1
   assert all(len(batch["mask"]) == 8 // hosts for batches in by_host for batch in batches)
@@ -206,14 +212,14 @@ def test_a_file_with_fewer_records_than_recorded_stops_the_run(tmp_path):
   with pytest.raises(tf.errors.OpError):
     train(source, steps=3)
   with pytest.raises(tf.errors.OpError):
-    list(pipeline.evaluation_batches(source, show, batch_size=8, **ALONE))
+    list(pipeline.evaluation_batches(source, show, batch_size=8))
 
 
 @pytest.mark.parametrize(
   ("knobs", "message"),
   [
     ({"batch_size": 9}, "a batch of 9 does not split into 4 data shards; use a multiple"),
-    ({"process_count": 3}, "4 data shards do not split over 3 hosts; use a multiple"),
+    ({"process": (0, 3)}, "4 data shards do not split over 3 hosts; use a multiple"),
     ({"batch_size": 64, "shards": 64}, "has 37 examples for 64 data shards; use at most 37"),
     ({"seed": -1}, "seed -1 does not fit; use one from 0"),
     ({"shuffle_window": 0}, "a shuffle window of 0 records; use at least 1"),
@@ -226,22 +232,28 @@ def test_numbers_that_do_not_fit_are_refused_with_a_remedy(knobs, message):
 
 def test_an_evaluation_batch_splits_over_the_hosts():
   with pytest.raises(errors.UserError, match="batch of 9 does not split over 2 hosts; use a multiple"):
-    pipeline.evaluation_batches(in_memory(37), show, batch_size=9, process_index=0, process_count=2)
+    pipeline.evaluation_batches(in_memory(37), show, batch_size=9, process=Process(0, 2))
 
 
 def test_views_of_real_images_do_not_depend_on_hosts_or_on_a_restart(tfds_dir):
-  views = lambda content, seed: {
-    "views": host_augment.two_views(content, seed, size=48),
-    "crops": host_augment.two_crops(content, seed, size=48),
-  }
-  knobs = {"batch_size": 8, "shards": 4, "seed": 1, "shuffle_window": 8}
+  distortion = Distortion(48)
+
+  @tf.function(autograph=False)  # traced once for all of the pipelines
+  def views(content, seed):
+    return {
+      "views": host_augment.two_views(content, seed, distortion),
+      "crops": host_augment.two_crops(content, seed, distortion),
+    }
+
+  order = Order(batch_size=8, shards=4, seed=1, shuffle_window=8)
 
   def batches(source, steps, host=0, count=1, start_step=0):
-    place = {"process_index": host, "process_count": count, "start_step": start_step}
-    return list(itertools.islice(pipeline.train_batches(source, views, **knobs, **place), steps))
+    rows = pipeline.train_batches(source, views, order, start_step=start_step, process=Process(host, count))
+    return list(itertools.islice(rows, steps))
 
   for cache in (False, True):
-    source = sources.load("tfds", name="imagenet2012", split="train[10:60]", data_dir=tfds_dir, cache=cache)
+    request = Request("train[10:60]", name="imagenet2012", data_dir=tfds_dir, cache=cache)
+    source = sources.load("tfds", request)
     whole = batches(source, 4)
     assert whole[0]["views"].shape == (8, 2, 48, 48, 3)
     assert_same(joined([batches(source, 4, host, 2) for host in range(2)]), whole)

@@ -3,24 +3,25 @@
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import signal
 
 import jax
 import pytest
 from hidden import hide
+from runs import ROOT
 
 from simclr_jax import __main__ as command
 from simclr_jax.hardware import cost
 from simclr_jax.jobs import plan
 
-ROOT = pathlib.Path(__file__).parents[1]
+# The schedule is that of ImageNet; the network is small.
 TINY = [
-  f"--config={ROOT}/configs/imagenet.py:v1",
+  "--config=imagenet:v1",
   "--config.data.image_size=32",
   "--config.model.depth=10",
-  "--config.model.width=0.25",
+  "--config.model.width=0.0625",
+  "--config.head.layers=2",
   "--config.head.out_dim=32",
 ]
 WITH_COMPILER = pytest.mark.skipif(
@@ -80,7 +81,6 @@ def test_a_sweep_on_this_machine_has_a_plan_of_each_batch_size_and_touches_no_de
   written, text = planned(
     "--batch_sizes=16,32",
     "--devices=1",
-    "--config.model.width=0.0625",
     "--config.head.online=false",
     "--config.data.resident=true",
   )
@@ -124,7 +124,7 @@ def test_the_compilers_complaint_is_read():
   [
     ("--topology=v5x:4x4", 'did you mean "v5p"|did you mean "v5e"'),
     ("--topology=v3", "v3:8x8"),
-    ("--batch_sizes=4096,many", "many"),
+    ("--batch_sizes=4096,many", "--batch_sizes is '4096,many'"),
     ("--mfu=2", "--mfu"),
     ("--devices=9", "1 to 8"),
     ("--config.batch_size=12", "8 devices"),
@@ -135,6 +135,7 @@ def test_the_compilers_complaint_is_read():
     ("--config.micro_batches=3", "3 micro-batches"),
   ],
 )
+@pytest.mark.devices(8)
 def test_a_wrong_option_is_named_before_anything_is_compiled(capsys, option, says):
   assert re.search(says, fails(capsys, "--config.batch_size=64", option))
 

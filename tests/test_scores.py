@@ -1,4 +1,4 @@
-"""Scores of classes: worked by hand, by the definition in whole numbers, and what is no number is never right."""
+"""Scores of classes: values worked out by hand, the definition in exact fractions, and NaN, which is never correct."""
 
 import fractions
 
@@ -14,7 +14,7 @@ def test_of_equal_scores_the_lower_class_counts():
   assert scores.top1(table, np.array([1, 0, 1, 1])) == 0.5
 
 
-def test_every_class_counts_alike_in_the_mean_per_class_however_many_images_it_has():
+def test_mean_per_class_weighs_classes_not_images():
   table = np.eye(4)[[0, 0, 0, 1, 2]]
   # Class 0: 3 of 4, class 2: 1 of 1; no image is of classes 1 and 3.
   assert scores.mean_per_class(table, np.array([0, 0, 0, 0, 2])) == (3 / 4 + 1) / 2
@@ -22,10 +22,10 @@ def test_every_class_counts_alike_in_the_mean_per_class_however_many_images_it_h
 
 
 def test_average_precision_by_hand():
-  # Recall 1/2 at precision 1, recall 1 at precision 2/3: six points of one, five of the other.
+  # Precision 1 at recall 1/2 and 2/3 at recall 1: six of the 11 points have the first, five the second.
   value = scores.average_precision(np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1, 0, 1, 0, 0]))
   assert value == pytest.approx((6 + 5 * 2 / 3) / 11, rel=1e-15)
-  # The difficult image in front is as if it were not there.
+  # An image that is not counted changes nothing.
   value = scores.average_precision(np.array([0.9, 0.95, 0.8, 0.7, 0.6, 0.5]), np.array([1, -1, 0, 1, 0, 0]))
   assert value == pytest.approx((6 + 5 * 2 / 3) / 11, rel=1e-15)
   # The best precision at any higher recall, not the one at this recall: 2/3 from the start.
@@ -33,9 +33,9 @@ def test_average_precision_by_hand():
   assert scores.average_precision(np.array([3.0, np.nan, 1]), np.array([0, 1, 1])) == 0
 
 
-def test_mean_average_precision_is_what_the_definition_says():
+def test_mean_average_precision_agrees_with_the_definition():
   rng = np.random.default_rng(0)
-  # Few values, so that many scores are equal; ten positives, so that recalls fall on the points.
+  # Few distinct scores, so that many are equal; ten positives, so that recalls are multiples of 1/10.
   table, y = rng.integers(0, 9, (60, 5)) / 8, rng.choice([-1, 0, 1], (60, 5), p=[0.1, 0.7, 0.2])
   y[:, 1] = -1
   y[:, 2] = [1] * 10 + [0] * 50

@@ -1,239 +1,24 @@
-"""Studies: the grids as data, and one run by its command, stopped, continued, with a cell that fails, and drawn."""
+"""Studies: the definitions as data, and a grid of cells on disk, read, written and drawn."""
 
 import json
-import os
 import pathlib
-import signal
 
-import jax
 import pytest
 from PIL import Image
 
-from simclr_jax import __main__ as command
-from simclr_jax import errors, losses, studies
+import simclr_jax
+from simclr_jax import losses
 from simclr_jax.data import composition
-from simclr_jax.hardware import sharding
-from simclr_jax.jobs import knn, linear_eval, pretrain, setup, study, study_grid
-from simclr_jax.training import checkpoint, loop, telemetry
+from simclr_jax.studies import definitions, grid
+from simclr_jax.training import checkpoint
 
-ROOT = pathlib.Path(__file__).parents[1]
-DEMO = str(ROOT / "configs" / "study_demo.py")
-TINY = {
-  "data.examples": 40,
-  "data.image_size": 16,
-  "model.width": 0.0625,
-  "head.out_dim": 8,
-  "batch_size": 16,
-  "eval_batch_size": 40,
-  "total_steps": 2,
-  "log_every_steps": 1,
-  "probes.epochs": 1,
-  "probes.batch_size": 16,
-  "probes.lbfgs_steps": 5,
-  "probes.lbfgs_tolerance": 10.0,
-  "knn.neighbours": 5,
-}
+DEMO = str(pathlib.Path(__file__).parents[1] / "configs" / "study_demo.py")
 
 
-@pytest.fixture(autouse=True)
-def compiles_fast(monkeypatch):
-  """What is run here is tiny, and compiling it takes longer, the more so for eight devices."""
-  of_devices = sharding.data_mesh
-  monkeypatch.setattr(sharding, "data_mesh", lambda devices=None: of_devices(devices or jax.devices()[:1]))
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def run(workdir, name, *more):
-  overrides = [f"--config.{key}={value}" for key, value in TINY.items()]
-  return command.main(["study", f"--study={name}", f"--config={DEMO}", f"--workdir={workdir}", *overrides, *more])
-
-
-def cells(workdir, file="study.json"):
-  tree = json.loads((workdir / file).read_text())
-  return {(cell["row"], cell["column"]): cell for cell in tree["cells"]}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-  """The runs that a study starts, in order: the folders' last two names."""
-  made = []
-  for job in (pretrain, linear_eval, knn):
-    inner = job.run
-
-    def counted(config, workdir, inner=inner, **options):
-      made.append("/".join(pathlib.Path(workdir).parts[-2:]))
-      return inner(config, workdir, **options)
-
-    monkeypatch.setattr(job, "run", counted)
-  return made
-
-
-def test_a_grid_is_run_continued_and_drawn(tmp_path, calls, capsys):
-  few = ("--rows=crop,color", "--columns=crop,blur", "--evaluation=knn")
-  assert run(tmp_path, "augmentations", *few) == 0
-  names = ["crop-crop", "crop-blur", "color-crop", "color-blur"]
-  assert calls == [f"{name}/{part}" for name in names for part in ("pretrain", "knn")]
-  said = capsys.readouterr().err
-  assert "[3/4] color + crop: " in said
-  assert "Checkpoints, metrics and figures" not in said
-  found = cells(tmp_path, "study_knn.json")
-  assert len(found) == 49
-  done = {labels: cell for labels, cell in found.items() if cell["state"] == "finished"}
-  assert set(done) == {("crop", "crop"), ("crop", "blur"), ("color", "crop"), ("color", "blur")}
-  last = set()
-  for name, cell in zip(names, done.values(), strict=True):
-    of_run = json.loads((tmp_path / "cells" / name / "knn" / "result.json").read_text())
-    assert cell["accuracy"] == of_run["eval/knn_top1"]
-    assert cell["train_loss"] == telemetry.read_rows(str(tmp_path / "cells" / name / "pretrain"))[-1]["train/loss"]
-    assert cell["seconds"] > 0
-    last.add(cell["train_loss"])
-    kept = checkpoint.read_config(str(tmp_path / "cells" / name / "pretrain"))
-    assert kept["augment"]["compose"] == ("crop" if name == "crop-crop" else name.replace("-", ","))
-  assert len(last) == 4  # They share a program, but not what it is given.
-  result = json.loads((tmp_path / "result.json").read_text())
-  assert (result["finished"], result["failed"], result["not_run"]) == (4, 0, 45)
-  with Image.open(tmp_path / "figures" / "augmentations_knn.png") as image:
-    assert image.size[0] > 800
-
-  # Nothing is run again; what a kill left half done is, and an evaluation that is missing alone is not pretrained for.
-  calls.clear()
-  assert run(tmp_path, "augmentations", *few) == 0
-  assert calls == []
-  (tmp_path / "cells" / "crop-blur" / "knn" / "result.json").unlink()
-  (tmp_path / "cells" / "color-blur" / "pretrain" / "result.json").unlink()
-  (tmp_path / "cells" / "color-blur" / "knn" / "result.json").unlink()
-  (tmp_path / "study_knn.json").unlink()
-  before = (tmp_path / "cells" / "color-blur" / "pretrain" / "metrics.jsonl").read_text()
-  assert run(tmp_path, "augmentations", *few) == 0
-  assert calls == ["crop-blur/knn", "color-blur/pretrain", "color-blur/knn"]
-  assert (tmp_path / "cells" / "color-blur" / "pretrain" / "metrics.jsonl").read_text() == before
-  again = cells(tmp_path, "study_knn.json")
-  assert [cell["accuracy"] for cell in again.values()] == [cell["accuracy"] for cell in found.values()]
-
-  # By another evaluation, of the same runs; and another study has no place here.
-  calls.clear()
-  assert run(tmp_path, "augmentations", "--rows=crop", "--columns=blur") == 0
-  assert calls == ["crop-blur/linear"]
-  of_run = json.loads((tmp_path / "cells" / "crop-blur" / "linear" / "result.json").read_text())
-  assert cells(tmp_path)["crop", "blur"]["accuracy"] == of_run["eval/top1"]
-  assert cells(tmp_path)["color", "blur"]["state"] == "not run"
-  capsys.readouterr()
-  assert run(tmp_path, "loss") == 2
-  assert "holds another run: study was 'augmentations', now is 'loss'" in capsys.readouterr().err
-  assert run(tmp_path, "augmentations", "--config.loss.temperature=0.3") == 2
-  assert "loss.temperature" in capsys.readouterr().err
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-  """Jobs that write what the real ones leave, at once; returns what happens in the pretraining of cells, by name."""
-  happens = {}
-
-  def pretrained(config, workdir, **options):
-    checkpoint.claim_workdir(workdir, config.to_dict(), "pretrain", setup.FREE_KEYS)
-    happens.get(pathlib.Path(workdir).parent.name, lambda: None)()
-    telemetry.write_json(f"{workdir}/result.json", {})
-    (pathlib.Path(workdir) / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 2.5}) + "\n")
-
-  def evaluated(config, workdir, **options):
-    checkpoint.claim_workdir(workdir, config.to_dict(), "linear_eval", setup.FREE_KEYS)
-    telemetry.write_json(f"{workdir}/result.json", {"eval/top1": 0.5})
-
-  monkeypatch.setattr(pretrain, "run", pretrained)
-  monkeypatch.setattr(linear_eval, "run", evaluated)
-  return happens
-
-
-def raising(error):
-  def happen():
-    raise error
-
-  return happen
-
-
-TEMPERATURES = ("--rows=0.1,0.2,0.5", "--columns=normalized")
-
-
-def test_the_rest_goes_on_where_a_cell_fails(tmp_path, pretended, capsys):
-  pretended["0.1-normalized"] = raising(errors.UserError("training diverged; lower the rate."))
-  assert run(tmp_path, "temperature", *TEMPERATURES) == 2
-  said = capsys.readouterr().err
-  assert "[1/3] 0.1 + normalized: failed: training diverged; lower the rate." in said
-  assert "[2/3] 0.2 + normalized: 50.0 % (" in said
-  assert "1 of 3 cells failed, the others are done; first 0.1 + normalized: failed: training diverged" in said
-  assert "Traceback" not in said
-
-  pretended["0.2-plain"] = raising(ZeroDivisionError("of ours"))
-  assert run(tmp_path, "temperature", *TEMPERATURES[:1], "--columns=normalized,plain") == 1
-  said = capsys.readouterr().err
-  assert "[1/6] 0.1 + normalized: failed" in said
-  assert "[3/6] 0.2 + normalized: 50.0 % (0 s), finished before" in said
-  assert "[4/6] 0.2 + plain: failed: ZeroDivisionError: of ours" in said
-  assert "in happen" in said  # Its traceback.
-  found = cells(tmp_path)
-  assert {cell["state"] for cell in found.values()} == {"finished", "failed"}
-  assert found["0.2", "plain"]["error"] == "ZeroDivisionError: of ours"
-  assert (found["0.5", "plain"]["accuracy"], found["0.5", "plain"]["train_loss"]) == (0.5, 2.5)
-
-  # Mended, the same command runs what failed; what was asked for before stays in the table.
-  pretended.clear()
-  assert run(tmp_path, "temperature", "--rows=0.1,7", "--columns=normalized") == 0
-  found = cells(tmp_path)
-  assert {row for row, _ in found} == {"0.1", "0.2", "0.5", "7"}
-  assert "error" not in found["0.1", "normalized"]
-  states = {labels: cell["state"] for labels, cell in found.items()}
-  assert (states["0.1", "normalized"], states["0.2", "plain"], states["7", "plain"]) == (
-    "finished",
-    "failed",
-    "not run",
-  )
-
-
-def test_sigterm_stops_the_whole_study(tmp_path, pretended):
-  pretended["0.2-normalized"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
-  before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(loop.Preempted) as stopped:
-    run(tmp_path, "temperature", *TEMPERATURES)
-  assert stopped.value.code == 143
-  assert signal.getsignal(signal.SIGTERM) is before
-  assert {row: cell["state"] for (row, column), cell in cells(tmp_path).items() if column == "normalized"} == {
-    "0.1": "finished",
-    "0.2": "not run",
-    "0.5": "not run",
-  }
-  pretended.clear()
-  assert run(tmp_path, "temperature", *TEMPERATURES) == 0
-
-
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_every_study_runs_and_is_drawn(tmp_path, pretended, name):
-  rows = {"augmentations": "crop", "encoder": "10,18", "head": "none,linear", "batch_epochs": "64,128"}.get(name)
-  assert run(tmp_path, name, *([f"--rows={rows}"] if rows else [])) == 0
-  with Image.open(tmp_path / "figures" / f"{name}.png") as image:
-    assert image.size[0] > 500
-  tree = json.loads((tmp_path / "study.json").read_text())
-  assert tree["published"]["ours"] is False
-  assert len(tree["published"]["cells"]) == len(studies.STUDIES[name].published)
-
-
-def test_cells_that_do_not_differ_are_one_run(tmp_path):
-  grid = study_grid.Grid(
-    "head", command.load_config(DEMO, {}), str(tmp_path), "linear", ("none", "linear"), ("8", "16")
-  )
-  named = [pathlib.Path(grid.folders(labels)[0]).parent.name for labels in grid.due(("none", "linear"), ("8", "16"))]
-  assert named == ["none", "linear-8", "linear-16"]
-
-
-# The definitions.
-
-
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_every_cell_of_a_study_sets_keys_that_there_are_and_differs_from_the_others(name):
-  definition = studies.STUDIES[name]
-  config = command.load_config(DEMO, {})
-  base = checkpoint.flat(config.to_dict())
+@pytest.mark.parametrize("name", definitions.STUDIES)
+def test_cells_set_keys_of_the_config_and_differ_from_each_other(name):
+  definition = definitions.STUDIES[name]
+  base = checkpoint.flat(simclr_jax.load_config(DEMO).to_dict())
   by_folder = {}
   for row in definition.rows.default(base):
     for column in definition.columns.default(base):
@@ -246,47 +31,112 @@ def test_every_cell_of_a_study_sets_keys_that_there_are_and_differs_from_the_oth
   assert definition.chart in ("heat_map", "bars", "lines_over_rows", "lines_over_columns")
 
 
-def test_the_studies_name_what_there_is():
-  assert studies.OPERATIONS == composition.OPERATIONS
-  assert set(studies.LOSS.rows.labels) == set(losses.KINDS) - {"sup_con"}
+def test_studies_name_all_operations_and_losses():
+  # The order of the columns of figure 5.
+  assert composition.OPERATIONS == ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
+  assert set(definitions.LOSS.rows.labels) == set(losses.KINDS) - {"sup_con"}
   averages = {}
-  for (row, _, _), value in studies.AUGMENTATIONS.published.items():
+  for (row, _, _), value in definitions.AUGMENTATIONS.published.items():
     averages.setdefault(row, []).append(value)
-  # The paper prints them.
+  # The row averages that the paper prints.
   printed = [39.2, 29.4, 25.7, 18.8, 15.5, 14.5, 13.8]
   assert [sum(row) / 7 for row in averages.values()] == pytest.approx(printed, abs=0.06)
 
 
-def test_the_rates_of_a_batch_study_meet_at_the_base_s_batch():
+def test_both_scalings_have_the_same_rate_at_the_base_batch_size():
   base = {"batch_size": 4096, "optimizer.base_learning_rate": 0.3, "optimizer.scaling": "linear", "total_epochs": 100.0}
-  of = lambda scaling: studies.BATCH_EPOCHS.overrides("512", "200", scaling, base)
+  of = lambda scaling: definitions.BATCH_EPOCHS.overrides("512", "200", scaling, base)
   assert of("linear")["optimizer.base_learning_rate"] == 0.3
   assert of("sqrt")["optimizer.base_learning_rate"] == pytest.approx(0.075)
   swapped = base | {"optimizer.base_learning_rate": 0.075, "optimizer.scaling": "sqrt"}
-  there = studies.BATCH_EPOCHS.overrides("512", "200", "linear", swapped)
+  there = definitions.BATCH_EPOCHS.overrides("512", "200", "linear", swapped)
   assert there["optimizer.base_learning_rate"] == pytest.approx(0.3)
   assert (there["batch_size"], there["total_epochs"]) == (512, 200.0)
-  assert studies.BATCH_EPOCHS.rows.default(base) == ("1024", "2048", "4096", "8192")
-  assert studies.BATCH_EPOCHS.columns.default(base) == ("50", "100", "200")
+  assert definitions.BATCH_EPOCHS.rows.default(base) == ("1024", "2048", "4096", "8192")
+  assert definitions.BATCH_EPOCHS.columns.default(base) == ("50", "100", "200")
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({}, r"study has no --study; give --study=NAME, one of augmentations, "),
-    ({"study": "augmentation"}, r'--study=augmentation is unknown; did you mean "augmentations"\?'),
-    ({"study": "loss", "evaluation": "kn"}, r'--evaluation=kn is unknown; did you mean "knn"\?; use linear'),
-    ({"study": "loss", "rows": "nt_xent,mse"}, r"--rows=nt_xent,mse: 'mse' is no loss"),
-    ({"study": "temperature", "rows": "0.1,-1"}, r"--rows=0.1,-1: '-1' is no temperature; give positive numbers"),
-    ({"study": "encoder", "rows": "1.5"}, r"'1.5' is no depth; give positive whole numbers"),
-  ],
-)
-def test_a_study_that_is_not_there_is_a_user_error(tmp_path, options, message):
-  with pytest.raises(errors.UserError, match=message):
-    study.run(command.load_config(DEMO, {}), str(tmp_path), **options)
-  assert not list(tmp_path.iterdir())
+def test_equal_numbers_of_an_axis_are_one_label():
+  assert definitions.TEMPERATURE.rows.chosen("0.10,0.2,1e2,0.1", "rows") == ("0.1", "0.2", "100")
+  assert definitions.COLOR_STRENGTH.rows.chosen("1+blur,0.3", "rows") == ("1+blur", "0.3")
 
 
-def test_numbers_of_an_axis_are_read_as_one_writes_them():
-  assert studies.TEMPERATURE.rows.chosen("0.10,0.2,1e2,0.1", "rows") == ("0.1", "0.2", "100")
-  assert studies.COLOR_STRENGTH.rows.chosen("1+blur,0.3", "rows") == ("1+blur", "0.3")
+@pytest.fixture
+def finish(monkeypatch):
+  """Returns a function that writes what the runs of a cell leave; a folder with a result counts as finished."""
+  monkeypatch.setattr(
+    grid.experiment, "is_finished", lambda folder, config: (pathlib.Path(folder) / "result.json").exists()
+  )
+
+  def write(cells, labels, accuracy, loss=2.5):
+    for folder in map(pathlib.Path, cells.folders(labels)):
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / "result.json").write_text(json.dumps({"eval/top1": accuracy, "eval/knn_top1": accuracy / 2}))
+      (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": loss}) + "\n")
+
+  return write
+
+
+@pytest.mark.parametrize("name", definitions.STUDIES)
+def test_every_study_is_drawn_with_the_published_accuracies(tmp_path, finish, name):
+  definition, config = definitions.STUDIES[name], simclr_jax.load_config(DEMO)
+  base = checkpoint.flat(config.to_dict())
+  cells = grid.Grid(
+    name, config, str(tmp_path), "linear", definition.rows.default(base), definition.columns.default(base)
+  )
+  first, *others = cells.cells
+  for labels in others[::3]:
+    finish(cells, labels, 0.5)
+  finish(cells, first, 0.25)
+  result = cells.write()
+  cells.draw()
+  assert result["top1"][definition.folder(*first)] == 0.25
+  assert result["finished"] + result["not_run"] == len(cells.cells)
+  with Image.open(tmp_path / "figures" / f"{name}.png") as image:
+    assert image.size[0] > 500
+  tree = json.loads((tmp_path / "study.json").read_text())
+  assert tree["published"]["ours"] is False
+  assert len(tree["published"]["cells"]) == len(definition.published)
+
+
+def test_a_grid_keeps_cells_of_earlier_commands_and_rereads_its_runs(tmp_path, finish):
+  config = simclr_jax.load_config(DEMO)
+  make = lambda evaluation, rows: grid.Grid("temperature", config, str(tmp_path), evaluation, rows, ("normalized",))
+  first, second = ("0.1", "normalized", ""), ("0.5", "normalized", "")
+  cells = make("linear", ("0.1",))
+  assert not cells.refresh(first)
+  finish(cells, first, 0.25, loss=1.5)
+  assert cells.pretrained(first)
+  assert cells.refresh(first)
+  assert cells.outcome(first) == "0.1 + normalized: 25.0 %"
+  cells.write()
+  # A second command asks for another row; the cell of the first stays in the table.
+  cells = make("linear", ("0.5",))
+  assert cells.due(("0.5",), ("normalized",)) == [second]
+  assert (cells.cells[first]["accuracy"], cells.cells[first]["train_loss"]) == (0.25, 1.5)
+  assert cells.outcome(second) == "0.5 + normalized: not run"
+  # Another evaluation reads its own folder and key of the result.
+  by_neighbours = make("knn", ("0.1",))
+  assert (by_neighbours.job, by_neighbours.cells[first]["state"]) == ("knn", "not run")
+  finish(by_neighbours, first, 0.25)
+  by_neighbours.refresh(first)
+  assert by_neighbours.cells[first]["accuracy"] == 0.125
+  # A cell whose run was deleted is not finished any more.
+  (pathlib.Path(cells.folders(first)[1]) / "result.json").unlink()
+  assert make("linear", ("0.1",)).cells[first]["state"] == "not run"
+
+
+def test_cells_with_the_same_config_share_one_run(tmp_path):
+  cells = grid.Grid("head", simclr_jax.load_config(DEMO), str(tmp_path), "linear", ("none", "linear"), ("8", "16"))
+  named = [pathlib.Path(cells.folders(labels)[0]).parent.name for labels in cells.due(("none", "linear"), ("8", "16"))]
+  assert named == ["none", "linear-8", "linear-16"]
+
+
+def test_the_configs_of_a_cell_hold_its_overrides(tmp_path):
+  config = simclr_jax.load_config(DEMO)
+  labels = ("0.1", "plain", "")
+  cells = grid.Grid("temperature", config, str(tmp_path), "reference", ("0.1",), ("plain",))
+  pretraining, evaluating = cells.configs(labels)
+  assert (pretraining.loss.temperature, pretraining.loss.normalize, pretraining.checkpoint) == (0.1, False, "")
+  assert (evaluating.linear_eval.protocol, evaluating.checkpoint) == ("reference", cells.folders(labels)[0])
+  assert (config.loss.temperature, config.linear_eval.protocol) == (0.2, "features")

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,36 +18,6 @@ from simclr_jax.hardware import sharding
 Batch = dict[str, jax.Array]
 Rows = dict[str, np.ndarray]
 Prepare = Callable[[Batch], Batch]
-
-
-class Input(Protocol):
-  """Training images on their way into the step.
-
-  Attributes:
-    mesh: the devices.
-    prepare: batch, or any of its rows -> the same with what the network sees, `views` or `image`: the device's part of
-      the augmentation, which belongs into the step.
-    steps_per_dispatch: at most so many steps run in one dispatch.
-  """
-
-  mesh: jax.sharding.Mesh
-  prepare: Prepare
-  steps_per_dispatch: int
-
-  def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
-    """Returns the jitted step; its arguments after the state are those that `feeding` gives.
-
-    Args:
-      step_fn: (state, batch, *constants) -> (state, metrics).
-      state: arrays or shapes, placed as the step's state is to stay.
-      *constants: trees of placed arrays that no step changes.
-    """
-
-  def feeding(self, done: int, *constants: Any) -> contextlib.AbstractContextManager[Callable[[int], tuple[Any, ...]]]:
-    """Yields the function that gives the arguments of the next dispatch of so many steps, from step `done` on."""
-
-  def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
-    """Returns a function whose call yields `rows` evenly spaced rows of each of the first `count` global batches."""
 
 
 def jit_step(step_fn: Callable, mesh: jax.sharding.Mesh, state: Any, *constants: Any) -> Callable:
@@ -70,9 +40,12 @@ def jit_step(step_fn: Callable, mesh: jax.sharding.Mesh, state: Any, *constants:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-  """Batches that the host makes; each waits on the devices before it is due. See `Input`.
+  """Batches that the host makes; each waits on the devices before it is due.
 
   Attributes:
+    mesh: the devices.
+    prepare: batch, or any of its rows -> the same with what the network sees, `views` or `image`: the device's part of
+      the augmentation, which belongs into the step.
     batches: first step -> this process's rows of the batch of each step from then on, as NumPy.
   """
 
@@ -82,17 +55,17 @@ class Streamed:
   steps_per_dispatch: ClassVar[int] = 1
 
   def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
-    """Returns the jitted (state, batch, *constants) -> (state, metrics)."""
+    """Returns the jitted step; its arguments after the state are those that `feeding` gives. See `jit_step`."""
     return jit_step(step_fn, self.mesh, state, *constants)
 
   @contextlib.contextmanager
   def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
-    """Yields the function that gives the arguments of the next step."""
+    """Yields (steps of the next dispatch) -> its arguments, from step `done` on."""
     with contextlib.closing(prefetch.to_devices(self.batches(done), self.mesh)) as batches:
       yield lambda count: (next(batches), *constants)
 
   def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
-    """Returns a function whose call goes through the first batches."""
+    """Returns a function whose call yields `rows` evenly spaced rows of each of the first `count` global batches."""
 
     @functools.cache
     def held():
@@ -106,11 +79,12 @@ class Streamed:
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-  """Batches that the step takes from a data set on the devices, several steps in one dispatch. See `Input`.
+  """Batches that the step takes from a data set on the devices, several steps in one dispatch; else as `Streamed`.
 
   Attributes:
     dataset: tree of arrays on the devices.
     batch_of: (dataset, step i32[]) -> global batch.
+    steps_per_dispatch: at most so many.
   """
 
   mesh: jax.sharding.Mesh
@@ -132,15 +106,18 @@ class Resident:
 
   @contextlib.contextmanager
   def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
-    """Yields the function that gives the arguments of the next dispatch."""
+    """Yields (steps of the next dispatch) -> its arguments."""
     place = lambda count: jax.device_put(np.int32(count), sharding.replicated(self.mesh))
     yield lambda count: (self.dataset, place(count), *constants)
 
   def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
-    """Returns a function whose call goes through the first batches."""
+    """Returns what `Streamed.first_batches` does."""
     batch_of = lambda dataset, step: _spread(self.batch_of(dataset, step), rows)
     batch_of = jax.jit(batch_of, out_shardings=sharding.batched(self.mesh))
     return lambda: (batch_of(self.dataset, np.int32(step)) for step in range(count))
+
+
+Input = Streamed | Resident
 
 
 def several_steps(step_fn: Callable, batch_of: Callable, most: int) -> Callable:

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices while these work: fetched and placed by a thread of its own."""
+"""Prefetching: a thread that reads batches and copies them to the devices while these compute."""
 
 import queue
 import threading
@@ -9,14 +9,19 @@ import jax
 
 from simclr_jax.hardware import sharding
 
-# Placed batches that wait: one in use, one on its way, so that neither side ever waits for the other's jitter.
+# Batches on the devices that wait to be used. With two, a short delay on either side does not stall the other.
 AHEAD = 2
 
 
 def to_devices(rows: Iterator[Any], mesh: jax.sharding.Mesh, *, ahead: int = AHEAD) -> Iterator[Any]:
-  """Yields the global batches of this process's rows, at most `ahead` of which wait on the devices.
+  """Yields global batches, sharded over the mesh, from this process's rows; at most `ahead` wait on the devices.
 
-  Close it (`contextlib.closing`) to stop its thread. What goes wrong there is raised here.
+  Close the generator (`contextlib.closing`) to stop its thread. Exceptions of the thread are raised here.
+
+  Args:
+    rows: batches of this process, trees of arrays.
+    mesh: of the devices.
+    ahead: number of batches that may wait.
   """
   ready, stopped = queue.Queue(ahead), threading.Event()
 

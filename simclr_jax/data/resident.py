@@ -29,7 +29,9 @@ def on_devices(source: arrays.Arrays, mesh: jax.sharding.Mesh) -> dict[str, jax.
 def batch(
   dataset: dict[str, jax.Array], step: jax.Array, *, order: order_lib.Order, mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Returns the global batch of a step, sharded over the mesh: `image` u8[N, H, W, 3], `label`, `index`, `epoch` i32[N].
+  """Returns the global batch of a step, sharded over the mesh.
+
+  `image` u8[batch_size, H, W, 3], `label`, `index` and `epoch` i32[batch_size].
 
   Args:
     dataset: of `on_devices`.

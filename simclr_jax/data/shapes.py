@@ -1,4 +1,4 @@
-"""The built-in data set: ten classes of shapes drawn from a seed, several copies of one shape an image."""
+"""The built-in data set: ten classes of shapes, drawn from a seed, with several copies of one shape in each image."""
 
 import numpy as np
 
@@ -8,24 +8,24 @@ from simclr_jax.data import source as source_lib
 
 SPLITS = ("train", "test")
 CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "saltire", "crescent", "bars")
-SMALLEST = 16  # pixels a side; below it a person cannot tell the shapes
+SMALLEST = 16  # height and width in pixels below which a person cannot tell the shapes apart
 
-# Lengths are shares of the image's side, colours are in [0, 1].
-COPIES = 4  # places for the shape: a jittered grid of two by two
-SHARE = 0.9  # of the places that hold a copy
-RADIUS = (0.165, 0.225)  # before all shapes are brought to one area
+# Lengths are relative to the image's side, colours are in [0, 1].
+COPIES = 4  # places for copies of the shape: a jittered grid of two by two
+SHARE = 0.9  # probability that a place holds a copy
+RADIUS = (0.165, 0.225)  # range, before the shapes are scaled to equal areas
 JITTER = 0.15
-TURN = 0.3  # radians either way; a plus and a saltire are 0.79 apart
-# Even luma leaves the copies of two images different in colour only, and in grayscale in nothing but shape.
+TURN = 0.3  # radians, largest rotation either way; a plus rotated by 0.79 is a saltire
+# Luma of shapes and of grounds. It is the same for all images, so that brightness does not give the class away.
 INK = 0.8
 GROUND = 0.35
 LUMA = np.array(distortion.LUMA, np.float32)
-WAVE = 0.12  # of luma, at most, in the texture of a copy
-KNOTS = 6  # a side, of the ground's colour
+WAVE = 0.12  # largest amplitude of luma in a copy's texture
+KNOTS = 6  # the ground's colours are interpolated from a grid of 6 by 6
 STROKES = 4
-SECTIONS = np.cumsum([KNOTS * KNOTS * 3, STROKES * 8, 2])  # where the numbers of one image are cut
+SECTIONS = np.cumsum([KNOTS * KNOTS * 3, STROKES * 8, 2])  # ends of the groups of one image's random numbers
 NUMBERS = int(SECTIONS[-1]) + COPIES * 12
-BLOCK = 250  # images drawn at once: the working arrays stay in the processor's cache
+BLOCK = 250  # images drawn at once, so that the working arrays fit in the processor's cache
 
 
 def open(request: source_lib.Request) -> arrays.Arrays:
@@ -50,12 +50,11 @@ def split_names(request: source_lib.Request) -> tuple[str, ...]:
 def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the first `count` images of a split, u8[count, size, size, 3], and their classes, i32[count].
 
-  Image i is a function of the split, i, `size` and `seed` alone, and every ten images, counted from
-  the first, have each class once. An image shows several copies of its shape, each with a colour,
-  texture, scale, place and turn of its own, so that two crops share the shape and little else. The
-  rest is made the same for all images and classes: the mean area of a shape, the luma of shapes and
-  of grounds, and, as the copies are shifted around the edges by a random amount, what a single
-  pixel can be.
+  Image i is a function of the split, i, `size` and `seed` alone. Every ten images, counted from the first, hold each
+  class once. An image shows several copies of its shape, each with its own colour, texture, scale, place and rotation,
+  so that two crops share the shape and little else. Everything else has the same distribution for all classes: the mean
+  area of a shape, the luma of shapes and grounds, and, because the grid of copies is shifted at random across periodic
+  edges, the distribution of every pixel.
   """
   _check_split(split)
   if count < 0 or seed < 0 or size < SMALLEST:
@@ -66,7 +65,7 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
   classes = len(CLASS_NAMES)
   deals = np.random.default_rng([seed, SPLITS.index(split), 0]).random((-(-count // classes), classes))
   labels = deals.argsort(axis=1).reshape(-1)[:count].astype(np.int32)
-  rng = np.random.default_rng([seed, SPLITS.index(split), 1])  # read row by row: row i is image i's
+  rng = np.random.default_rng([seed, SPLITS.index(split), 1])  # drawn row by row: image i has row i of the numbers
   images = np.empty((count, size, size, 3), np.uint8)
   for start in range(0, count, BLOCK):
     block = slice(start, min(start + BLOCK, count))
@@ -89,7 +88,7 @@ def _draw_block(labels, numbers, size):
   for stroke in np.split(strokes, STROKES, axis=1):
     _paint_stroke(canvas, stroke)
   copies = copies.reshape(n, COPIES, -1)
-  # The copy with the smallest number is always there, so no image is without its shape.
+  # The place with the smallest number always holds a copy, so that no image is without its shape.
   present = copies[..., 0] <= np.maximum(SHARE, copies[..., 0].min(axis=1, keepdims=True))
   for label, distance in enumerate(DISTANCES):
     rows = np.flatnonzero(labels == label)
@@ -139,7 +138,7 @@ def _paint_copy(canvas, distance, even, place, present, shift, numbers):
 
 
 def _local(size, x, y, turn):
-  """Returns the pixels' places, f32[n, size, size] twice, from (x, y) the shorter way around the edges."""
+  """Returns the pixels' coordinates, f32[n, size, size] each, relative to (x, y), with periodic edges, and rotated."""
   pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
   dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
   dx, dy = dx - np.round(dx), dy - np.round(dy)
@@ -148,7 +147,7 @@ def _local(size, x, y, turn):
 
 
 def _blend(canvas, distance, colour):
-  """Paints where the distance is negative, with an edge one pixel wide."""
+  """Paints the pixels of negative distance, with an antialiased edge one pixel wide."""
   cover = np.clip(0.5 - canvas.shape[1] * distance, 0, 1)[..., None]
   canvas += cover * (colour - canvas)
 

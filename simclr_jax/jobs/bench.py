@@ -86,7 +86,7 @@ def _sections(workdir: str, given: dict[str, Any]) -> dict[str, Any]:
   batches = given["batches"] or (SMALL_BATCHES if given["small"] else accelerator.BATCHES)
   length = {"epochs": given["epochs"], "steps": given["steps"]}
   return {
-    "loss": lambda: _module("loss").run(given["sizes"]),
+    "loss": lambda: _module("loss").run(given["sizes"] or SIZES),
     "input": lambda: _module("host_input").run(data_dir, rounds),
     "step": lambda: _module("step").run(rounds=rounds),
     "resident": lambda: _module("resident").run(rounds=rounds),

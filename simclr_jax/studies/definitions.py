@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from simclr_jax import errors
+from simclr_jax.data import composition
 
 Overrides = dict[str, Any]
 
@@ -97,9 +98,6 @@ def _table(columns, rows, variant=""):
 
 
 # Figure 5 and section 3.1.
-OPERATIONS = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
-
-
 def _composition(first, second, variant, base):
   return {"augment.compose": first if first == second else f"{first},{second}"}
 
@@ -107,12 +105,12 @@ def _composition(first, second, variant, base):
 AUGMENTATIONS = Study(
   title="Composition of augmentations",
   source="v1 figure 5",
-  rows=Axis("first operation", OPERATIONS),
-  columns=Axis("second operation", OPERATIONS),
+  rows=Axis("first operation", composition.OPERATIONS),
+  columns=Axis("second operation", composition.OPERATIONS),
   overrides=_composition,
   chart="heat_map",
   published=_table(
-    OPERATIONS,
+    composition.OPERATIONS,
     {
       "crop": (33.1, 33.9, 56.3, 46.0, 39.9, 35.0, 30.2),
       "cutout": (32.2, 25.6, 33.9, 40.0, 26.5, 25.2, 22.4),

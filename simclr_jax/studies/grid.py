@@ -7,9 +7,10 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from simclr_jax import experiment, figures
+from simclr_jax import config as config_lib
+from simclr_jax import experiment, figures, files
 from simclr_jax.studies import definitions
-from simclr_jax.training import checkpoint, telemetry
+from simclr_jax.training import telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Grid:
       rows, columns: labels that this command asks for.
     """
     self._name, self._study, self._config = name, definitions.STUDIES[name], config
-    self._base = checkpoint.flat(config.to_dict())
+    self._base = config_lib.flat(config.to_dict())
     self._workdir, self._evaluation = epath.Path(workdir), evaluation
     self.job = EVALUATIONS[evaluation].job
     suffix = "" if evaluation == "linear" else f"_{evaluation}"
@@ -109,7 +110,7 @@ class Grid:
     """Updates a cell from the results of its runs; returns whether it is finished."""
     (pretrained, evaluated), cell = self.folders(labels), self.cells[labels]
     if not all(
-      experiment.is_finished(folder, config.to_dict())
+      experiment.is_finished(folder, config)
       for folder, config in zip((pretrained, evaluated), self.configs(labels), strict=True)
     ):
       if cell["state"] == FINISHED:  # Its folders were deleted, or hold runs of another config.
@@ -123,7 +124,7 @@ class Grid:
 
   def pretrained(self, labels: Labels) -> bool:
     """Returns whether a cell's pretraining is finished."""
-    return experiment.is_finished(self.folders(labels)[0], self.configs(labels)[0].to_dict())
+    return experiment.is_finished(self.folders(labels)[0], self.configs(labels)[0])
 
   def outcome(self, labels: Labels) -> str:
     """Returns one line for the log: a cell's labels, then its accuracy, its error or that it was not run."""
@@ -145,14 +146,14 @@ class Grid:
       for (row, column, variant), value in self._study.published.items()
     ]
     tree["published"] = {"what": self._study.published_is, "ours": False, "cells": paper}
-    telemetry.write_json(str(self._path), tree)
+    files.write_json(self._path, tree)
     states = [cell["state"] for cell in self.cells.values()]
     result = {"study": self._name, "evaluation": self._evaluation}
     result |= {state.replace(" ", "_"): states.count(state) for state in (FINISHED, FAILED, NOT_RUN)}
     result["top1"] = {
       self._study.folder(*labels): cell["accuracy"] for labels, cell in self.cells.items() if cell["state"] == FINISHED
     }
-    telemetry.write_json(str(self._workdir / "result.json"), result)
+    telemetry.write_result(str(self._workdir), result)
     return result
 
   def draw(self) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,41 +55,6 @@ class Placement:
   gather_params: Callable[[Params], Params] = as_it_is
 
 
-class Objective(Protocol):
-  """What the step, the loop and the checkpoints need to know of a way of training.
-
-  Attributes:
-    model: the network.
-    shown: metric name -> label, for the progress bar.
-  """
-
-  model: nn.Module
-  shown: dict[str, str]
-
-  def trained(self, params: Params) -> Params:
-    """Returns the part of the parameters that learns: a tree of the same form with some of the leaves."""
-
-  def moving(self, batch_stats: Any) -> Any:
-    """Returns the part of the moving averages that a step changes: a tree of the same form with some of the leaves."""
-
-  def totals(self, batch: Batch, *constants: Any) -> Any:
-    """Returns sums over the whole batch that `forward` needs of every micro-batch."""
-
-  def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
-    """Returns what the network makes of one of `parts` micro-batches."""
-
-  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
-    """Returns the loss that compares all embeddings of the batch, and its metrics."""
-
-  def weight_decay(self, trained: Params) -> jax.Array:
-    """Returns the L2 term that the optimizer leaves to the loss."""
-
-  def after(
-    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
-  ) -> tuple[Any, Metrics]:
-    """Returns the queue of negatives after a step (None where there is none), and metrics of it."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Decay:
   """The L2 term of the loss: `weight_decay` for what the optimizer of this name does not decay itself."""
@@ -102,44 +67,73 @@ class Decay:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
+class Objective:
+  """What step, loop and checkpoints need to know of a way of training; this one trains all of the model.
+
+  Attributes:
+    model: the network.
+    decay: the L2 term that the optimizer leaves to the loss.
+    prepare: rows -> the same with what the network sees; the device's part of the augmentation.
+    shown: metric name -> label, for the progress bar.
+  """
+
+  model: nn.Module
+  decay: Decay
+  prepare: Callable[[Batch], Batch] = as_it_is
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss"}
+
+  def trained(self, params: Params) -> Params:
+    """Returns the part of the parameters that learns: a tree of the same form with some of the leaves."""
+    return params
+
+  def moving(self, batch_stats: Any) -> Any:
+    """Returns the part of the moving averages that a step changes: a tree of the same form with some of the leaves."""
+    return batch_stats
+
+  def totals(self, batch: Batch, *constants: Any) -> Any:
+    """Returns sums over the whole batch that `forward` needs of every micro-batch."""
+    return None
+
+  def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
+    """Returns what the network makes of one of `parts` micro-batches."""
+    raise NotImplementedError
+
+  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
+    """Returns the loss that compares all embeddings f[N, 2, D] of the batch, and its metrics."""
+    raise NotImplementedError
+
+  def after(
+    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
+  ) -> tuple[Any, Metrics]:
+    """Returns the queue of negatives after a step (None where there is none), and metrics of it."""
+    return None, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Objective):
   """Two views of an image attract each other, all other images of the batch repel; an online classifier learns along.
+
+  `prepare` gives `views` f[n, 2, H, W, 3] in [0, 1].
 
   Attributes:
     model: encoder, projection head and, where the images have labels, the classifier behind stop_gradient.
-    decay: the L2 term.
     kind: one of `losses.KINDS`.
     temperature: divides the similarities.
     normalize: whether the embeddings are L2-normalised.
     scale: factor on the paper's loss in what is optimised (the reference: 2).
     margin: of the margin losses.
     queue_decay: of the moving average of the weights that fill the queue of negatives, where the state has one.
-    prepare: rows -> the same with `views` f[n, 2, H, W, 3] in [0, 1]; the device's part of the augmentation.
     mesh: see `Placement`.
   """
 
-  model: simclr.SimCLR
-  decay: Decay
   kind: str = "nt_xent"
   temperature: float = 0.1
   normalize: bool = True
   scale: float = 1.0
   margin: float = 0.8
   queue_decay: float = 0.999
-  prepare: Callable[[Batch], Batch] = as_it_is
   mesh: jax.sharding.Mesh | None = None
-  shown = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
-
-  def trained(self, params: Params) -> Params:
-    """Returns all parameters."""
-    return params
-
-  def moving(self, batch_stats: Any) -> Any:
-    """Returns all moving averages."""
-    return batch_stats
-
-  def totals(self, batch: Batch) -> None:
-    """Returns None: every term is a mean over the rows or belongs to `compare`."""
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 
   def forward(self, variables: Any, rows: Batch, totals: None, parts: int) -> Output:
     """Returns embeddings of both views, and the online classifier's loss."""
@@ -162,10 +156,6 @@ class Contrastive:
     keys = {"temperature": self.temperature, "normalize": self.normalize, "margin": self.margin, "mesh": self.mesh}
     value, metrics = losses.contrast(self.kind, z, batch["label"], **keys, **older)
     return self.scale * value, {**metrics, "loss": value}
-
-  def weight_decay(self, trained: Params) -> jax.Array:
-    """Returns the L2 term."""
-    return self.decay(trained)
 
   def after(
     self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
@@ -190,30 +180,21 @@ class Contrastive:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
   """A linear classifier on the encoder, of which any part may learn along (finetune, linear_eval).
 
-  Attributes:
-    model: encoder, linear head and, where that reads one of its layers, the projection head.
-    decay: the L2 term.
-    prepare: rows -> the same with `image` f32[n, H, W, 3] in [0, 1] or u8; the device's part of the augmentation.
+  `prepare` gives `image` f32[n, H, W, 3] in [0, 1] or u8. What the model freezes keeps its bits.
   """
 
-  model: simclr.Classifier
-  decay: Decay
-  prepare: Callable[[Batch], Batch] = as_it_is
-  shown = {"train/loss": "loss", "train/accuracy": "accuracy"}
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/accuracy": "accuracy"}
 
   def trained(self, params: Params) -> Params:
     """Returns the parameters that the model does not freeze."""
     return simclr.trained_part(self.model, params)
 
   def moving(self, batch_stats: Any) -> Any:
-    """Returns the moving averages that the model does not freeze; these keep their bits."""
+    """Returns the moving averages that the model does not freeze."""
     return simclr.moving_part(self.model, batch_stats)
-
-  def totals(self, batch: Batch, *constants: Any) -> Any:
-    """Returns None: the loss is a mean over the rows."""
 
   def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
     """Returns the loss of the rows."""
@@ -226,20 +207,6 @@ class Classification:
     """Returns the mean cross-entropy of logits f[n, K] and `label`, with the metrics `loss` and `accuracy`."""
     loss, accuracy = losses.cross_entropy(logits, rows["label"])
     return loss, {"loss": loss, "accuracy": accuracy}
-
-  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
-    """Never called: `forward` returns no embeddings."""
-    raise NotImplementedError
-
-  def weight_decay(self, trained: Params) -> jax.Array:
-    """Returns the L2 term of the part that learns."""
-    return self.decay(trained)
-
-  def after(
-    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
-  ) -> tuple[Any, Metrics]:
-    """Returns no queue."""
-    return None, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +225,7 @@ class Distillation(Classification):
   teacher_of: Callable[..., jax.Array] | None = None
   temperature: float = 1.0
   label_weight: float = 0.0
-  shown = {"train/loss": "loss", "train/agreement": "agrees with the teacher"}
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/agreement": "agrees with the teacher"}
 
   def totals(self, batch: Batch, *constants: Any) -> jax.Array | None:
     """Returns i32[], the labelled images of the batch, where their labels count."""

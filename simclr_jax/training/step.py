@@ -65,7 +65,7 @@ def _gradients(state, trained, batch, constants, objective, placement):
   def loss_fn(trained):
     output = _forward(state, trained, batch, totals, constants, objective, placement)
     compared, metrics = (0, {}) if output.z is None else objective.compare(output.z, batch, state)
-    metrics |= {**output.metrics, "weight_decay": objective.weight_decay(trained)}
+    metrics |= {**output.metrics, "weight_decay": objective.decay(trained)}
     total = compared + metrics["weight_decay"] + output.loss
     return total, ({**metrics, "total_loss": total}, output.batch_stats)
 
@@ -105,7 +105,7 @@ def _micro_batched_gradients(state, trained, batch, constants, objective, placem
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(back, 0))
   add = lambda total, number: (jax.tree.map(jnp.add, total, back(number)), None)
   (grads, (loss, means, batch_stats)), _ = jax.lax.scan(add, zeros, jnp.arange(count))
-  decay, decay_grads = jax.value_and_grad(objective.weight_decay)(trained)
+  decay, decay_grads = jax.value_and_grad(objective.decay)(trained)
   metrics = {**metrics, **means, "weight_decay": decay, "total_loss": compared + decay + loss}
   return jax.tree.map(jnp.add, grads, decay_grads), metrics, batch_stats
 
