@@ -172,7 +172,7 @@ def open(path: str) -> Saved:
 
 
 def check(wanted: Any, saved: Any, where: str) -> None:
-  """Raises a UserError that names the first array whose shape in `saved` (at the path `where`) is not the wanted one."""
+  """Raises a UserError that names the first array whose shape in `saved`, at the path `where`, is not as wanted."""
   want, have = _named(wanted), _named(saved)
   remedy = "use the config that it was trained with, or another checkpoint"
   for name in want:
