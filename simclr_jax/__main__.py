@@ -186,7 +186,7 @@ def entry() -> None:
 
 def _run(argv: list[str]) -> int:
   if not argv or argv[0] in ("--help", "-h", "help"):
-    print(_parser().format_help())
+    print(_parsers()[0].format_help())
     return 0
   name = argv[0]
   if name == "--version":
@@ -196,14 +196,15 @@ def _run(argv: list[str]) -> int:
   if name not in known:
     raise errors.UserError(f"unknown job {name!r}{errors.nearest(name, known)}; the jobs are {', '.join(jobs.JOBS)}.")
   if "--help" in argv or "-h" in argv:
-    print(_parser_of(name).format_help())
+    print(_parsers()[1][name].format_help())
     return 0
   options, overrides = parse(name, argv[1:])
   if name == "configs":
     print("\n".join(f"{stem:<20}{config_lib.summary(path)}" for stem, path in config_lib.bundled().items()))
     return 0
   if name == "config":
-    print(config_lib.described(_config(options, overrides) if options or overrides else config_lib.defaults()))
+    config = config_lib.load(options.get("config", ""), overrides) if options or overrides else config_lib.defaults()
+    print(config_lib.described(config))
     return 0
   return _run_job(name, options, overrides)
 
@@ -215,12 +216,9 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> i
     jax.config.update("jax_platforms", "cpu")
   # Before a checkpoint's config is read, because that uses the devices.
   _join(shared)
-  config = None
-  if name in jobs.WITHOUT_CONFIG:
-    if "config" in shared or overrides:
-      raise errors.UserError(f"{name} takes no --config; see --help.")
-  else:
-    config = _config(shared, overrides)
+  if name in jobs.WITHOUT_CONFIG and ("config" in shared or overrides):
+    raise errors.UserError(f"{name} takes no --config; see --help.")
+  config = None if name in jobs.WITHOUT_CONFIG else config_lib.load(shared.get("config", ""), overrides)
   workdir = shared.get("workdir") or DEFAULT_WORKDIR.get(name, "")
   if not workdir and "profile_input" not in options:
     raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
@@ -228,16 +226,8 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> i
   return 0
 
 
-def _config(options: dict[str, Any], overrides: dict[str, str]) -> Any:
-  return config_lib.load(options.get("config", ""), overrides)
-
-
 def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-  """Returns (the options of a command that are given, by name; overrides of the config by dotted key).
-
-  Args:
-    name: of the command.
-    args: what follows it.
+  """Returns (the options of a command that `args` give, by name; overrides of the config by dotted key).
 
   Raises:
     UserError: an argument is not of the form that the help shows.
@@ -250,7 +240,7 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
       overrides[option.removeprefix("--config.")] = value if has_value else "true"
     else:
       rest.append(arg)
-  options, unknown = _parser_of(name).parse_known_args(rest)
+  options, unknown = _parsers()[1][name].parse_known_args(rest)
   for arg in unknown:
     option = arg.removeprefix("--").partition("=")[0]
     if not arg.startswith("--"):
@@ -260,51 +250,30 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
   return vars(options), overrides
 
 
-def _parser() -> argparse.ArgumentParser:
-  """Returns the parser of all commands; each has a subparser."""
-  parser = _Parser(
-    prog="simclr-jax",
-    description="SimCLR in JAX.",
-    epilog=f"options of all jobs:\n{USAGE}",
-    formatter_class=_Formatter,
-    usage="simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
-    add_help=False,
-  )
-  commands = parser.add_subparsers(title="jobs", metavar="JOB", parser_class=_Parser)
-  for name in jobs.JOBS:
-    _add(commands, name, _doc(name).splitlines()[0].partition(": ")[2])
-  for name, text in OTHERS.items():
-    _add(commands, name, text)
-  return parser
-
-
 @functools.cache
-def _parser_of(name: str) -> argparse.ArgumentParser:
-  doc = f"{name}: {OTHERS[name]}." if name in OTHERS else _doc(name)
-  arguments = "" if name == "configs" else " --config=NAME[:VARIANT] [--config.KEY=VALUE ...]"
-  arguments += "" if name in OTHERS else " --workdir=DIR"
-  parser = _Parser(
-    prog=f"simclr-jax {name}",
-    description=doc,
-    epilog=f"options of all jobs:\n{USAGE}",
-    usage=f"simclr-jax {name}{arguments}",
-    formatter_class=_Formatter,
-    add_help=False,
-    allow_abbrev=False,
-    argument_default=argparse.SUPPRESS,
-  )
-  _add_options(parser, name)
-  return parser
-
-
-def _add(commands: Any, name: str, text: str) -> None:
-  _add_options(commands.add_parser(name, help=text, add_help=False, allow_abbrev=False), name)
-
-
-def _add_options(parser: argparse.ArgumentParser, name: str) -> None:
-  group = parser.add_argument_group("options of this job")
-  for option in (*OPTIONS.get(name, ()), *SHARED):
-    group.add_argument(f"--{option.name}", action=_Store, option=option, help=option.help, metavar="VALUE")
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+  """Returns the parser of the command line, and that of each command by name."""
+  shared = {"epilog": f"options of all jobs:\n{USAGE}", "formatter_class": _Formatter, "add_help": False}
+  usage = "simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR"
+  parser = _Parser(prog="simclr-jax", description="SimCLR in JAX.", usage=usage, **shared)
+  commands = parser.add_subparsers(title="jobs", metavar="JOB")
+  for name in (*jobs.JOBS, *OTHERS):
+    doc = f"{name}: {OTHERS[name]}." if name in OTHERS else _doc(name)
+    arguments = "" if name == "configs" else " --config=NAME[:VARIANT] [--config.KEY=VALUE ...]"
+    arguments += "" if name in OTHERS else " --workdir=DIR"
+    command = commands.add_parser(
+      name,
+      help=OTHERS.get(name) or doc.splitlines()[0].partition(": ")[2],
+      description=doc,
+      usage=f"simclr-jax {name}{arguments}",
+      allow_abbrev=False,
+      argument_default=argparse.SUPPRESS,
+      **shared,
+    )
+    group = command.add_argument_group("options of this job")
+    for option in (*OPTIONS.get(name, ()), *SHARED):
+      group.add_argument(f"--{option.name}", action=_Store, option=option, help=option.help, metavar="VALUE")
+  return parser, commands.choices
 
 
 def _join(options: dict[str, str]) -> None:

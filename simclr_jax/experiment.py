@@ -38,16 +38,7 @@ class Optimizer(NamedTuple):
 
 
 class Experiment:
-  """One run of a job.
-
-  Attributes:
-    config: the run's.
-    job: its name.
-    workdir: its folder; "" for none.
-    network: encoder and heads.
-    recipe: the section that has batch size, length and optimizer: the whole config for pretrain and for jobs without.
-    mesh: the devices, once the batch sizes are known to fit them.
-  """
+  """One run of a job: its `config`, its name `job` and its folder `workdir` ("" for none)."""
 
   def __init__(
     self, config: ml_collections.ConfigDict, job: str, workdir: str = "", *, devices: list[jax.Device] | None = None
@@ -56,6 +47,7 @@ class Experiment:
     self.config, self.job, self.workdir = config, job, workdir
     self.network = network.Network(config)
     self._section = f"{job}." if job in RECIPES else ""
+    # What has batch size, length and optimizer: the whole config for pretrain and for jobs without.
     self.recipe = config[job] if job in RECIPES else config
     config_lib.check(config)
     self.mesh = sharding.data_mesh(devices)
@@ -93,17 +85,9 @@ class Experiment:
       )
     if not data.resident:
       sources.check_tensorflow(data.source)
-    request = source.Request(
-      split,
-      name=data.name,
-      data_dir=data.dir,
-      image_size=data.image_size,
-      cache=data.cache,
-      max_bad_share=data.max_bad_share,
-      num_examples=data.examples,
-      seed=self.config.seed,
-    )
-    images = sources.load(data.source, request)
+    keys = {"cache": data.cache, "max_bad_share": data.max_bad_share, "num_examples": data.examples}
+    keys |= {"name": data.name, "data_dir": data.dir, "image_size": data.image_size, "seed": self.config.seed}
+    images = sources.load(data.source, source.Request(split, **keys))
     return images.decoded() if data.resident else images
 
   @functools.cached_property
@@ -284,7 +268,9 @@ class Experiment:
   ) -> loop.Run:
     """Returns what the loop needs, once the workdir is known to be this run's."""
     self.claim()
-    config, every = self.config, functools.partial(_every, examples=examples, batch_size=self.recipe.batch_size)
+    config, batch_size = self.config, self.recipe.batch_size
+    # Intervals in steps: 0 for 0 epochs, else at least one step.
+    every = lambda epochs: max(1, round(epochs * round(examples / batch_size))) if epochs else 0
     checkpoints = checkpoint.Checkpoints(
       self.workdir,
       config.to_dict(),
@@ -294,11 +280,7 @@ class Experiment:
       classifier_layer=classifier_layer,
     )
     return loop.Run(
-      self.workdir,
-      optimizer.total_steps,
-      self.recipe.batch_size,
-      checkpoints,
-      config.log_every_steps,
+      *(self.workdir, optimizer.total_steps, batch_size, checkpoints, config.log_every_steps),
       title=self.job,
       shown=objective.shown,
       flops_per_step=flops_per_step,
@@ -319,11 +301,7 @@ class Experiment:
     return config_lib.names_run(self.config.checkpoint)
 
   def saved(self, *, head: bool = False) -> checkpoint.Saved:
-    """Returns the checkpoint that `config.checkpoint` names, once its network is known to be the config's.
-
-    Args:
-      head: whether the projection head must be the same too.
-    """
+    """Returns the checkpoint that `config.checkpoint` names, once its network (with `head`, its head too) is ours."""
     found = checkpoint.open(self.config.checkpoint)
     ours, theirs = self.config.to_dict(), config_lib.completed(found.config).to_dict()
     # Precision and rematerialisation are the reader's choice; the arrays are the same.
@@ -345,8 +323,3 @@ def is_finished(workdir: str, config: dict[str, Any]) -> bool:
     return False
   stored = json.loads((folder / "config.json").read_text())["config"]
   return not config_lib.difference(config, stored)
-
-
-def _every(epochs: float, *, examples: int, batch_size: int) -> int:
-  """Returns an interval in steps: 0 for 0 epochs, else at least one step."""
-  return max(1, round(epochs * round(examples / batch_size))) if epochs else 0

@@ -64,11 +64,7 @@ class Network:
     return 4 if self._queue else 3
 
   def step_flops(self, forward: int) -> int:
-    """Returns the model FLOPs of one step of pretraining: both views of an image, and all pairs of the batch.
-
-    Args:
-      forward: of both views of one image, from `forward_flops`.
-    """
+    """Returns the model FLOPs of one step of pretraining, given `forward_flops`: all images, and all pairs of views."""
     # Every pair of views is scored once forward, and the gradient takes two more products of that size. No gradient
     # flows into a queue of negatives, which spares one of them.
     views = 2 * self._batch_size

@@ -109,11 +109,7 @@ def _module(name: str) -> Any:
 
 def _command(given: dict[str, Any]) -> str:
   """Returns the command line that gives these options."""
-  defaults = run.__kwdefaults__
   as_text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-  options = [
-    f"--{name}" if value is True else f"--{name}={as_text(value)}"
-    for name, value in given.items()
-    if value != defaults[name]
-  ]
+  changed = {name: value for name, value in given.items() if value != run.__kwdefaults__[name]}
+  options = [f"--{name}" if value is True else f"--{name}={as_text(value)}" for name, value in changed.items()]
   return " ".join(["python -m simclr_jax bench", *options])

@@ -1,40 +1,28 @@
 """One training step for every job: gradients of a whole batch, in micro-batches or at once, and the update."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from simclr_jax import optim
 from simclr_jax.hardware import sharding
 from simclr_jax.models import simclr
 from simclr_jax.training import objectives
 from simclr_jax.training import state as state_lib
 
-Schedule = Callable[[jax.Array], jax.Array]
-
 
 def train_step(
-  state: state_lib.TrainState,
-  batch: objectives.Batch,
-  *constants: Any,
+  state: state_lib.TrainState,  # Donated by the caller.
+  batch: objectives.Batch,  # Sharded over the leading axis N: `label` i32[N], and what `objective.prepare` needs.
+  *constants: Any,  # Trees of arrays that the objective needs and no step changes.
   objective: objectives.Objective,
-  tx: optax.GradientTransformation,
-  schedule: Schedule,
+  tx: optax.GradientTransformation,  # Of the part that learns.
+  schedule: optim.Schedule,  # For the metrics.
   placement: objectives.Placement,
 ) -> tuple[state_lib.TrainState, objectives.Metrics]:
-  """Returns the state after one update, and the metrics before it. Frozen parameters and statistics keep their bits.
-
-  Args:
-    state: donated by the caller.
-    batch: arrays sharded over their leading axis N: `label` i32[N], and what the objective's `prepare` needs.
-    *constants: trees of arrays that the objective needs and no step changes.
-    objective: what the batch means.
-    tx: the optimizer of the part that learns.
-    schedule: step -> learning rate, for the metrics.
-    placement: devices and micro-batches.
-  """
+  """Returns the state after one update, and the metrics before it. Frozen parameters and statistics keep their bits."""
   trained = objective.trained(state.params)
   gradients = _gradients if placement.micro_batches == 1 else _micro_batched_gradients
   grads, metrics, batch_stats = gradients(state, trained, batch, constants, objective, placement)
