@@ -147,9 +147,7 @@ class _Store(argparse.Action):
     setattr(namespace, self.dest, self._option.convert(values))
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-  def __init__(self, prog: str):
-    super().__init__(prog, max_help_position=20, width=120)
+_FORMATTER = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=20, width=120)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -253,7 +251,7 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
 @functools.cache
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
   """Returns the parser of the command line, and that of each command by name."""
-  shared = {"epilog": f"options of all jobs:\n{USAGE}", "formatter_class": _Formatter, "add_help": False}
+  shared = {"epilog": f"options of all jobs:\n{USAGE}", "formatter_class": _FORMATTER, "add_help": False}
   usage = "simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR"
   parser = _Parser(prog="simclr-jax", description="SimCLR in JAX.", usage=usage, **shared)
   commands = parser.add_subparsers(title="jobs", metavar="JOB")

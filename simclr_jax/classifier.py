@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from simclr_jax import experiment, figures, optim
@@ -71,11 +70,8 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
 
 def flops_of_image(run: experiment.Experiment, model: simclr.Classifier, state: state_lib.TrainState) -> int:
   """Returns the model FLOPs of a step for each image: three forward passes of what learns, one of what is frozen."""
-  size = run.config.data.image_size
-  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
   learning = {tuple(path[:-1]) for path in optim.leaf_names(simclr.trained_part(model, state.params))}
-  layers = cost.flops_by_module(model, variables, image, train=False)
+  layers = cost.flops_by_module(model, state.variables, run.network.images(1), train=False)
   return sum(flops * (3 if path in learning else 1) for path, flops in layers.items())
 
 
@@ -95,8 +91,7 @@ def _held_out_accuracy(run, model, held_out) -> loop.Evaluate:
     return model.apply({**variables, "params": gather_params(variables["params"])}, images, train=False)
 
   def evaluate(state):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return {f"eval/{name}": v for name, v in scores.accuracy(logits_of, variables, rows(), run.mesh).items()}
+    return {f"eval/{name}": v for name, v in scores.accuracy(logits_of, state.variables, rows(), run.mesh).items()}
 
   return evaluate
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -51,11 +50,10 @@ class Experiment:
     self.recipe = config[job] if job in RECIPES else config
     config_lib.check(config)
     self.mesh = sharding.data_mesh(devices)
-    sizes = [("eval_batch_size", config.eval_batch_size, 1)]
     if self._section or job in ("pretrain", "plan"):
-      sizes.insert(0, (f"{self._section}batch_size", self.recipe.batch_size, self.recipe.micro_batches))
-    for key, size, parts in sizes:
-      sharding.check_divisible(size, self.mesh, micro_batches=parts, name=f"config.{key}")
+      name, parts = f"config.{self._section}batch_size", self.recipe.micro_batches
+      sharding.check_divisible(self.recipe.batch_size, self.mesh, micro_batches=parts, name=name)
+    sharding.check_divisible(config.eval_batch_size, self.mesh, name="config.eval_batch_size")
     self._distortion(config.augment.min_area)
 
   @property
@@ -171,16 +169,10 @@ class Experiment:
     )
 
   def _distortion(self, min_area: float, max_area: float = 0.0) -> Distortion:
-    keys = self.config.augment
+    keys, size = self.config.augment, self.config.data.image_size
     colors = ("color_strength", "brightness", "color_probability", "grayscale_probability", "blur_probability")
-    return Distortion(
-      self.config.data.image_size,
-      min_area=min_area,
-      max_area=max_area or keys.max_area,
-      flip=keys.flip,
-      resize=keys.resize,
-      **{name: keys[name] for name in colors},
-    )
+    same = {name: keys[name] for name in ("flip", "resize", *colors)}
+    return Distortion(size, min_area=min_area, max_area=max_area or keys.max_area, **same)
 
   # The training.
 
@@ -213,18 +205,8 @@ class Experiment:
     """Returns what `config.loss` makes of a batch."""
     keys, memory = self.config.loss, self.config.memory
     negatives.check(memory.size, memory.decay, batch_size=self.config.batch_size, kind=keys.kind)
-    return objectives.Contrastive(
-      model,
-      self.decay,
-      prepare,
-      kind=keys.kind,
-      temperature=keys.temperature,
-      normalize=keys.normalize,
-      scale=keys.scale,
-      margin=keys.margin,
-      queue_decay=memory.decay,
-      mesh=self.mesh,
-    )
+    same = {name: keys[name] for name in ("kind", "temperature", "normalize", "scale", "margin")}
+    return objectives.Contrastive(model, self.decay, prepare, queue_decay=memory.decay, mesh=self.mesh, **same)
 
   def step(self, objective: objectives.Objective, optimizer: Optimizer) -> Callable:
     """Returns `train_step` as (state, batch, *constants) -> (state, metrics), not jitted yet."""
@@ -249,10 +231,8 @@ class Experiment:
   def _with_queue(self, model, state, make):
     if not self.config.memory.size:
       return state
-    size = self.config.data.image_size
-    views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    embedding = jax.eval_shape(lambda v, x: model.apply(v, x, train=False)[1], variables, views)
+    embed = lambda variables, views: model.apply(variables, views, train=False)[1]
+    embedding = jax.eval_shape(embed, state.variables, self.network.images(2))
     return state.replace(memory=make(state.params, embedding, self.config.memory.size))
 
   def run(

@@ -60,7 +60,7 @@ class Representation(NamedTuple):
 
 
 def representation(run: experiment.Experiment, mesh: jax.sharding.Mesh | None = None) -> Representation:
-  """Returns what `config.checkpoint` (or `random`) and `config.head.evaluate_from` name, on the mesh or the run's own."""
+  """Returns what `config.checkpoint` (or `random`) and `config.head.evaluate_from` name, placed on a mesh."""
   config, mesh = run.config, mesh or run.mesh
   if not config.checkpoint:
     raise errors.UserError(

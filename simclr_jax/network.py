@@ -20,6 +20,10 @@ class Network:
     self._model, self._head, self._queue = config.model, config.head, config.memory.size
     self._image_size, self._batch_size = config.data.image_size, config.batch_size
 
+  def images(self, count: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of so many images."""
+    return jax.ShapeDtypeStruct((count, self._image_size, self._image_size, 3), jnp.float32)
+
   def encoder(self) -> encoders.Encoder:
     """Returns the encoder that `config.model` describes."""
     return encoders.build(self._model)
@@ -53,10 +57,7 @@ class Network:
 
   def forward_flops(self, model: simclr.SimCLR, state: state_lib.TrainState) -> int:
     """Returns the matrix FLOPs of both views of one image on their way through encoder and heads."""
-    size = self._image_size
-    views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, views)
+    return cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), state.variables, self.images(2))
 
   @property
   def passes(self) -> int:

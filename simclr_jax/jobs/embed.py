@@ -145,9 +145,7 @@ def _write_missing(
     "embed: %d images in %d files in %.1f s, %.0f images/s with compilation; %d files were there before.",
     *(rows, len(missing), seconds, rows / seconds, len(parts) - len(missing)),
   )
-  size = this.config.data.image_size
-  image = jax.ShapeDtypeStruct((mesh.size, size, size, 3), jnp.float32)
-  return jax.eval_shape(embed, frozen.variables, image).shape[1]
+  return jax.eval_shape(embed, frozen.variables, this.network.images(mesh.size)).shape[1]
 
 
 def _counted(batches: Iterator[inputs.Rows], bar: tqdm.tqdm) -> Iterator[inputs.Rows]:

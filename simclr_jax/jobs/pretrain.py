@@ -101,8 +101,7 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
     parts.append(monitor.pair_geometry(model, this.mesh, views, knobs.pairs, this.gather_params))
 
   def evaluate(state):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return {f"eval/{name}": value for part in parts for name, value in part(variables).items()}
+    return {f"eval/{name}": value for part in parts for name, value in part(state.variables).items()}
 
   return evaluate if parts else None
 

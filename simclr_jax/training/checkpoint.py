@@ -191,7 +191,7 @@ def _parts(state):
   training = {"step": state.step, "opt_state": _plain(state.opt_state)}
   if state.memory is not None:
     training["memory"] = state.memory
-  return {MODEL: {"params": state.params, "batch_stats": state.batch_stats}, TRAINING: training}
+  return {MODEL: state.variables, TRAINING: training}
 
 
 def _plain(opt_state):

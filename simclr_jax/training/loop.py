@@ -81,7 +81,7 @@ def train(
     telemetry.log.warning(
       "No profile: step %d is not among steps %d to %d.", run.profile_steps[0], done + 1, run.total_steps
     )
-  # Steps at which the loop has something to do between two dispatches.
+  # Steps at which the loop has something to do between two dispatches: none goes past one of them.
   pauses = lambda step: (
     step == run.total_steps or run.evaluation_due(step) or run.checkpoints.due(step) or trace.due(step)
   )
@@ -98,7 +98,8 @@ def train(
     rows, pace = _Rows(out, run), _Pace(images.steps_per_dispatch)
     while done < run.total_steps:
       trace.before(done + 1)
-      begin, done = done, _reach(done, pace.steps, pauses)
+      begin, end = done, done + pace.steps
+      done = next((step for step in range(begin + 1, end) if pauses(step)), end)
       with out.waiting_for("data"):
         following = arguments(done - begin)
       state, metrics = step_fn(state, *following)
@@ -124,11 +125,6 @@ def train(
         run.checkpoints.close()
         raise Preempted(PREEMPTED)
   return state, result
-
-
-def _reach(done: int, count: int, pauses: Callable[[int], bool]) -> int:
-  """Returns the last step of a dispatch of at most `count` steps: none goes past a step that pauses."""
-  return next((step for step in range(done + 1, done + count) if pauses(step)), done + count)
 
 
 class _Pace:

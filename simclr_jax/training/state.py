@@ -24,6 +24,11 @@ class TrainState:
   opt_state: Any
   memory: Any = None  # The queue of negatives, see `losses.negatives`; None where negatives come from the batch alone.
 
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the network is applied with."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def variables(
   model: nn.Module, image_size: int, seed: int, mesh: jax.sharding.Mesh, *, sharded: bool = False

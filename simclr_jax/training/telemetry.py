@@ -107,9 +107,6 @@ class Telemetry:
   def __enter__(self):
     return self
 
-  def __exit__(self, *exc):
-    self.close()
-
   @contextlib.contextmanager
   def waiting_for(self, what: str) -> Iterator[None]:
     """Times what the loop spends on `data` or a `checkpoint` that is not ready, or `aside` from training."""
@@ -154,8 +151,7 @@ class Telemetry:
     if shown:
       self._bar.set_postfix(shown)
 
-  def close(self) -> None:
-    """Flushes the writers and leaves the bar as it is."""
+  def __exit__(self, *exc):
     if self._lead:
       self._bar.close()
       self._rows.close()
