@@ -5,7 +5,6 @@ import platform
 
 # The numbers of these parameters in glibc's malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
-
 MIB = 2**20
 
 
