@@ -11,16 +11,12 @@ import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent import futures
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from simclr_jax import errors
 from simclr_jax.data import source as source_lib
-
-if TYPE_CHECKING:
-  from simclr_jax.data import stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,21 +54,16 @@ class Arrays(source_lib.Source):
       list(pool.map(fill, range(self.num_examples)))
     return dataclasses.replace(self, images=images)
 
-  def stored(self) -> stored.Stored:
+  def stored(self) -> source_lib.Source:
     if importlib.util.find_spec("tensorflow") is None:
       raise errors.UserError(
         f"{self.name} is streamed by TensorFlow, which is not installed; install it, or set data.resident=true."
       )
     from simclr_jax.data import stored
 
-    return stored.Stored(
-      self.name,
-      class_names=self.class_names,
-      read=lambda content, label: (content, label),
-      examples=stored.on_host(self.images, self.example_labels),
-      example_names=self.example_names,
-      multi_label=self.multi_label,
-    )
+    fields = {"example_names": self.example_names, "multi_label": self.multi_label}
+    examples = stored.on_host(self.images, self.example_labels)
+    return stored.Stored(self.name, self.class_names, lambda *example: example, examples, **fields)
 
   def _at(self, rows):
     return {"images": self.images[rows], "example_labels": self.example_labels[rows]}

@@ -58,7 +58,7 @@ def pairs_of_crops(
 
   Args:
     crops: u8[N, S, S, 3], or float in [0, 1].
-    keys: key[N], of `device_augment.example_keys`; the random numbers of an example depend on its key alone.
+    keys: key[N]; the random numbers of an example depend on its key alone.
     operations: i32[K], of `codes`, applied in this order; a repeated one has other random numbers.
     distortion: its colours are those of the operation `color`, its areas and aspects those of `crop`.
     dtype: of the result, which is computed in at least float32.

@@ -90,12 +90,9 @@ def gaussian_blur(image: jax.Array, sigma: ArrayLike, size: int) -> jax.Array:
   """Returns float[..., H, W, 3] blurred by a Gaussian of 2 * (size // 2) + 1 taps, with zero padding.
 
   Both passes are batched products with band matrices, because a convolution would need a loop over images that have
-  different kernels. A bfloat16 image is multiplied in bfloat16.
-
-  Args:
-    image: float[..., H, W, 3].
-    sigma: f32[...], the standard deviation in pixels, per image or f32[] for all.
-    size: in the reference a tenth of the image's side: 23, 9, 7 and 3 taps for 224, 96, 64 and 32 pixels.
+  different kernels. A bfloat16 image is multiplied in bfloat16. `sigma` is the standard deviation in pixels, f32[...]
+  per image or f32[] for all; `size` is a tenth of the image's side in the reference: 23, 9, 7 and 3 taps for 224, 96,
+  64 and 32 pixels.
   """
   radius = size // 2
   variance = jnp.square(jnp.asarray(sigma, jnp.promote_types(image.dtype, jnp.float32)))[..., None]

@@ -32,13 +32,8 @@ def open(request: source_lib.Request) -> stored.Stored:
   load = tf.io.read_file
   if request.cache:
     content, load = stored.all_elements(tf.data.Dataset.from_tensor_slices(content).map(load)), tf.identity
-  return stored.Stored(
-    f"{root} ({split})",
-    class_names=class_names,
-    read=lambda path, label: (load(path), label),
-    examples=(content, labels),
-    example_names=tuple(paths[number] for number in good),
-  )
+  read, names = lambda path, label: (load(path), label), tuple(paths[number] for number in good)
+  return stored.Stored(f"{root} ({split})", class_names, read, (content, labels), example_names=names)
 
 
 def split_names(request: source_lib.Request) -> tuple[str, ...]:

@@ -69,14 +69,13 @@ def evaluation_batches(
   *,
   batch_size: int,
   process: order_lib.Process = order_lib.ALONE,
-  threads: int = 0,
   seed: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns this host's rows of one pass over the split in order, each example on exactly one host.
 
   Every host has a consecutive slice of the split and gives the same number of batches, of batch_size / process.count
   rows each. The last ones are padded with rows of mask 0, label -1 and index -1. The seeds of the transform are those
-  of epoch 0; `threads` is that of `train_batches`.
+  of epoch 0.
 
   Yields:
     what `transform` returns, stacked, and `label`, `index`, `epoch` i32[n], `mask` f32[n].
@@ -92,7 +91,7 @@ def evaluation_batches(
   if source.examples is None:
     records = stored.read_pieces(stored.pieces_between(source.pieces, begin, end))
     rows = tf.data.Dataset.zip(rows, records).map(lambda row, record: (*row, record))
-  dataset = _transformed(rows, source, transform, seed, threads)
+  dataset = _transformed(rows, source, transform, seed)
   local = batch_size // process.count
   padding = {
     key: np.full([local, *spec.shape], -1 if key in ("label", "index") else 0, spec.dtype.as_numpy_dtype)
@@ -108,7 +107,7 @@ def example_seed(seed: int, epoch: tf.Tensor | int, index: tf.Tensor | int) -> t
   return fold_in(fold_in(tf.constant([seed, 0], tf.int32), tf.cast(epoch, tf.int32)), tf.cast(index, tf.int32))
 
 
-def _transformed(rows, source, transform, seed, threads) -> tf.data.Dataset:
+def _transformed(rows, source, transform, seed, threads=0) -> tf.data.Dataset:
   """Returns the examples of rows (index, epoch) or (index, epoch, record) after the transform, in order."""
 
   @NO_CONVERSION
@@ -130,11 +129,11 @@ def _indexed_shard(begin, end, key, position, count):
 
   `key` is (seed, number of the shard); the first `position` examples of its stream are left out.
   """
-  epoch, offset = divmod(position, end - begin)
+  (seed, shard), (epoch, offset) = key, divmod(position, end - begin)
   indices, epochs = np.zeros([2, 0], np.int64)
   while True:
     while len(indices) < count:
-      fresh = begin + _generator(key, epoch).permutation(end - begin)[offset:]
+      fresh = begin + np.random.default_rng([seed, epoch, shard]).permutation(end - begin)[offset:]
       indices = np.concatenate([indices, fresh])
       epochs = np.concatenate([epochs, np.full(len(fresh), epoch)])
       epoch, offset = epoch + 1, 0
@@ -174,9 +173,9 @@ def _epoch_plans(pieces, begin, key, position, window):
     there and that record's position in the split; the epoch; the number of leading records to skip.
   """
   firsts = begin + np.cumsum([0] + [piece.take for piece in pieces])
-  epoch, offset = divmod(position, int(firsts[-1]) - begin)
+  (seed, shard), (epoch, offset) = key, divmod(position, int(firsts[-1]) - begin)
   while True:
-    rng = _generator(key, epoch)
+    rng = np.random.default_rng([seed, epoch, shard])
     turns = rng.permutation(len(pieces))
     stream = np.concatenate([np.arange(firsts[turn], firsts[turn + 1]) for turn in turns])
     starts = range(0, len(stream), window)
@@ -187,11 +186,6 @@ def _epoch_plans(pieces, begin, key, position, window):
     files, skips, takes = zip(*rest, strict=True)
     yield files, skips, takes, np.concatenate(places)[skipped:], indices[skipped:], epoch, offset - skipped
     epoch, offset = epoch + 1, 0
-
-
-def _generator(key, epoch):
-  seed, shard = key
-  return np.random.default_rng([seed, epoch, shard])
 
 
 def _padded(batches, padding, count):
