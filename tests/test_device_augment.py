@@ -204,7 +204,7 @@ def test_color_factors_and_the_sigma_are_uniform(monkeypatch):
     drawn[name] = numbers
     return image
 
-  monkeypatch.setattr(device_augment, "_jittered", lambda image, f, o, *_: show("factors", (f, o), image))
+  monkeypatch.setattr(device_augment, "color_jitter", lambda image, f, o, *_: show("factors", (f, o), image))
   monkeypatch.setattr(device_augment, "gaussian_blur", lambda image, sigma, _: show("sigma", sigma, image))
   count, strength = 9600, 0.5
   views = jnp.zeros([count // 2, 2, 2, 2, 3])

@@ -7,7 +7,6 @@ from simclr_jax.data import arrays, distortion
 from simclr_jax.data import source as source_lib
 
 SPLITS = ("train", "test")
-CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "saltire", "crescent", "bars")
 SMALLEST = 16  # height and width in pixels below which a person cannot tell the shapes apart
 
 # Lengths are relative to the image's side, colours are in [0, 1].
@@ -28,13 +27,48 @@ NUMBERS = int(SECTIONS[-1]) + COPIES * 12
 BLOCK = 250  # images drawn at once, so that the working arrays fit in the processor's cache
 
 
-def open(request: source_lib.Request) -> arrays.Arrays:
-  """Returns `request.num_examples` images of a split, of `request.image_size` pixels, drawn from `request.seed`.
+def _plus(u, v):
+  u, v = np.abs(u), np.abs(v)
+  return np.maximum(np.minimum(u, v) - 0.33, np.maximum(u, v) - 0.95)
 
-  Raises:
-    UserError: there is no such split, or a number is too small.
-  """
-  _check_split(request.split)
+
+def _star(u, v):
+  tip, notch, sector = 1.15, 0.55, 2 * np.pi / 5
+  angle = np.arctan2(u, -v)
+  angle = np.abs(angle - sector * np.round(angle / sector))  # from the nearest tip
+  edge = np.array([notch * np.sin(sector / 2), tip - notch * np.cos(sector / 2)])
+  across, along = (edge[::-1] / np.hypot(*edge)).astype(np.float32)[::-1]
+  return np.sqrt(u * u + v * v) * (across * np.cos(angle) + along * np.sin(angle)) - across * np.float32(tip)
+
+
+# Class -> (u, v) -> signed distance from the shape's edge, negative inside, in units of its radius. y points down.
+SHAPES = {
+  "disc": lambda u, v: np.sqrt(u * u + v * v) - 0.85,
+  "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.75) - 0.23,
+  "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.76,
+  "frame": lambda u, v: np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.68) - 0.19,
+  "triangle": lambda u, v: np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.58,
+  "star": _star,
+  "plus": _plus,
+  "saltire": lambda u, v: _plus(0.7071 * (u + v), 0.7071 * (u - v)),
+  "crescent": lambda u, v: np.maximum(np.sqrt(u * u + v * v) - 1, 0.8 - np.sqrt((u - 0.55) ** 2 + v * v)),
+  "bars": lambda u, v: np.maximum(np.abs(np.abs(v) - 0.55) - 0.28, np.abs(u) - 0.9),
+}
+CLASS_NAMES, DISTANCES = tuple(SHAPES), tuple(SHAPES.values())
+
+
+def _even_scales():
+  """Returns the factors, f32[10], that give all shapes an area of 2 at radius 1."""
+  side = np.linspace(-1.3, 1.3, 400, dtype=np.float32)
+  areas = np.array([2.6**2 * np.mean(distance(side[None, :], side[:, None]) < 0) for distance in DISTANCES])
+  return np.sqrt(2 / areas).astype(np.float32)
+
+
+EVEN = _even_scales()
+
+
+def open(request: source_lib.Request) -> arrays.Arrays:
+  """Returns `request.num_examples` images of a split, of `request.image_size` pixels, drawn from `request.seed`."""
   if request.num_examples < 1:
     raise errors.UserError(f"{request.num_examples} shapes asked for; set the number of examples to at least 1.")
   images, labels = draw(request.split, request.num_examples, request.image_size, request.seed)
@@ -42,7 +76,7 @@ def open(request: source_lib.Request) -> arrays.Arrays:
 
 
 def split_names(request: source_lib.Request) -> tuple[str, ...]:
-  """Returns the names of the splits, the same for every request."""
+  """Returns the names of the splits."""
   del request
   return SPLITS
 
@@ -55,8 +89,14 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
   so that two crops share the shape and little else. Everything else has the same distribution for all classes: the mean
   area of a shape, the luma of shapes and grounds, and, because the grid of copies is shifted at random across periodic
   edges, the distribution of every pixel.
+
+  Raises:
+    UserError: there is no such split, or a number is too small.
   """
-  _check_split(split)
+  if split not in SPLITS:
+    raise errors.UserError(
+      f'the shapes have no split "{split}"; their splits: {", ".join(SPLITS)}{errors.nearest(split, SPLITS)}'
+    )
   if count < 0 or seed < 0 or size < SMALLEST:
     raise errors.UserError(
       f"{count} shapes of {size} pixels from seed {seed}; set a count and a seed of at least 0,"
@@ -71,13 +111,6 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
     block = slice(start, min(start + BLOCK, count))
     images[block] = _draw_block(labels[block], rng.random((block.stop - start, NUMBERS)), size)
   return images, labels
-
-
-def _check_split(split):
-  if split not in SPLITS:
-    raise errors.UserError(
-      f'the shapes have no split "{split}"; their splits: {", ".join(SPLITS)}{errors.nearest(split, SPLITS)}'
-    )
 
 
 def _draw_block(labels, numbers, size):
@@ -150,65 +183,3 @@ def _blend(canvas, distance, colour):
   """Paints the pixels of negative distance, with an antialiased edge one pixel wide."""
   cover = np.clip(0.5 - canvas.shape[1] * distance, 0, 1)[..., None]
   canvas += cover * (colour - canvas)
-
-
-# Each shape is a signed distance from its edge, negative inside, in units of its radius. y points down.
-
-
-def _disc(u, v):
-  return np.sqrt(u * u + v * v) - 0.85
-
-
-def _ring(u, v):
-  return np.abs(np.sqrt(u * u + v * v) - 0.75) - 0.23
-
-
-def _square(u, v):
-  return np.maximum(np.abs(u), np.abs(v)) - 0.76
-
-
-def _frame(u, v):
-  return np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.68) - 0.19
-
-
-def _triangle(u, v):
-  return np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.58
-
-
-def _star(u, v):
-  tip, notch, sector = 1.15, 0.55, 2 * np.pi / 5
-  angle = np.arctan2(u, -v)
-  angle = np.abs(angle - sector * np.round(angle / sector))  # from the nearest tip
-  edge = np.array([notch * np.sin(sector / 2), tip - notch * np.cos(sector / 2)])
-  across, along = (edge[::-1] / np.hypot(*edge)).astype(np.float32)[::-1]
-  return np.sqrt(u * u + v * v) * (across * np.cos(angle) + along * np.sin(angle)) - across * np.float32(tip)
-
-
-def _plus(u, v):
-  u, v = np.abs(u), np.abs(v)
-  return np.maximum(np.minimum(u, v) - 0.33, np.maximum(u, v) - 0.95)
-
-
-def _saltire(u, v):
-  return _plus(0.7071 * (u + v), 0.7071 * (u - v))
-
-
-def _crescent(u, v):
-  return np.maximum(np.sqrt(u * u + v * v) - 1, 0.8 - np.sqrt((u - 0.55) ** 2 + v * v))
-
-
-def _bars(u, v):
-  return np.maximum(np.abs(np.abs(v) - 0.55) - 0.28, np.abs(u) - 0.9)
-
-
-DISTANCES = (_disc, _ring, _square, _frame, _triangle, _star, _plus, _saltire, _crescent, _bars)
-
-
-def _even_scales():
-  """Returns the factors, f32[10], that give all shapes an area of 2 at radius 1."""
-  side = np.linspace(-1.3, 1.3, 400, dtype=np.float32)
-  areas = np.array([2.6**2 * np.mean(distance(side[None, :], side[:, None]) < 0) for distance in DISTANCES])
-  return np.sqrt(2 / areas).astype(np.float32)
-
-
-EVEN = _even_scales()
