@@ -296,10 +296,10 @@ class Experiment:
     return found
 
 
-def is_finished(workdir: str, config: dict[str, Any]) -> bool:
-  """Returns whether a folder holds the result of a run of this very config, a plain nested dict."""
+def is_finished(workdir: str, config: ml_collections.ConfigDict) -> bool:
+  """Returns whether a folder holds the result of a run of this very config."""
   folder = epath.Path(workdir)
   if not (folder / "result.json").exists():
     return False
   stored = json.loads((folder / "config.json").read_text())["config"]
-  return not config_lib.difference(config, stored)
+  return not config_lib.difference(config.to_dict(), stored)

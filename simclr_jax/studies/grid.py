@@ -56,12 +56,7 @@ class Grid:
     """
     self._name, self._study, self._config = name, definitions.STUDIES[name], config
     self._base = config_lib.flat(config.to_dict())
-<<<<<<< HEAD
-    self._workdir, self._evaluation = epath.Path(workdir), evaluation
-    self.job = EVALUATIONS[evaluation].job
-=======
     self._workdir, self._evaluation, self.job = epath.Path(workdir), evaluation, EVALUATIONS[evaluation].job
->>>>>>> w-data
     suffix = "" if evaluation == "linear" else f"_{evaluation}"
     self._path = self._workdir / f"study{suffix}.json"
     self.figure = str(self._workdir / "figures" / f"{name}{suffix}.png")
@@ -99,15 +94,8 @@ class Grid:
   def refresh(self, labels: Labels) -> bool:
     """Updates a cell from the results of its runs; returns whether it is finished."""
     (pretrained, evaluated), cell = self.folders(labels), self.cells[labels]
-<<<<<<< HEAD
-    if not all(
-      experiment.is_finished(folder, config)
-      for folder, config in zip((pretrained, evaluated), self.configs(labels), strict=True)
-    ):
-=======
     _, config = self.configs(labels)
-    if not self.pretrained(labels) or not experiment.is_finished(evaluated, config.to_dict()):
->>>>>>> w-data
+    if not self.pretrained(labels) or not experiment.is_finished(evaluated, config):
       if cell["state"] == FINISHED:  # Its folders were deleted, or hold runs of another config.
         cell |= NO_RESULT
       return False
@@ -134,22 +122,6 @@ class Grid:
     """Writes the study's JSON file and `result.json`; returns the latter."""
     for labels in self.cells:  # Cells that share a run finish together.
       self.refresh(labels)
-<<<<<<< HEAD
-    tree = {"study": self._name, "source": self._study.source, "evaluation": self._evaluation}
-    tree |= {"rows": self._rows, "columns": self._columns, "cells": list(self.cells.values())}
-    paper = [
-      {"row": row, "column": column, "variant": variant, "top1_percent": value}
-      for (row, column, variant), value in self._study.published.items()
-    ]
-    tree["published"] = {"what": self._study.published_is, "ours": False, "cells": paper}
-    files.write_json(self._path, tree)
-    states = [cell["state"] for cell in self.cells.values()]
-    result = {"study": self._name, "evaluation": self._evaluation}
-    result |= {state.replace(" ", "_"): states.count(state) for state in (FINISHED, FAILED, NOT_RUN)}
-    result["top1"] = {
-      self._study.folder(*labels): cell["accuracy"] for labels, cell in self.cells.items() if cell["state"] == FINISHED
-    }
-=======
     study, cells = self._study, list(self.cells.values())
     paper = [_named(labels) | {"top1_percent": value} for labels, value in study.published.items()]
     published = {"what": study.published_is, "ours": False, "cells": paper}
@@ -161,7 +133,6 @@ class Grid:
     result |= {state.replace(" ", "_"): states.count(state) for state in (FINISHED, FAILED, NOT_RUN)}
     done = [labels for labels, cell in self.cells.items() if cell["state"] == FINISHED]
     result["top1"] = {study.folder(*labels): self.cells[labels]["accuracy"] for labels in done}
->>>>>>> w-data
     telemetry.write_result(str(self._workdir), result)
     return result
 
