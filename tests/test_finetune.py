@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_product
 import pytest
 import runs
 import small_step
@@ -32,7 +33,7 @@ CASES = {"linear_frozen_bn": WHOLE, "linear_frozen_bn_wd": HEAD, "finetune_selec
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps_are_the_reference_s(reference, monkeypatch, x64, name):
-  trajectories.convolve_by_one_product(monkeypatch)
+  one_product.patch(monkeypatch)
   case, mesh = trajectories.Case(reference("finetune_steps"), name), sharding.data_mesh()
   layer, after_stage = case.flag("ft_proj_selector"), case.flag("fine_tune_after_block")
   model = simclr.Classifier(case.encoder, case.linear_head, case.projection_head, layer, after_stage)

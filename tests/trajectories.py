@@ -9,7 +9,7 @@ from weights_by_name import of_network
 from simclr_jax import optim
 from simclr_jax.hardware import sharding
 from simclr_jax.jobs import convert
-from simclr_jax.models import heads, layers, resnet
+from simclr_jax.models import heads, resnet
 from simclr_jax.released import names
 from simclr_jax.training import objectives
 
@@ -80,23 +80,3 @@ class Case:
       if self.get("first_step_grad_norm")[i] == -1 and "moving" not in name:
         np.testing.assert_array_equal(ours, start, f"{name} is frozen")
     return len(compared)
-
-
-def convolve_by_one_product(monkeypatch) -> None:
-  """Lets networks convolve by one matrix product: in float64 that takes two thirds of our convolution's time."""
-  monkeypatch.setattr(layers, "_our_convolution", lambda: _convolve)
-
-
-def _convolve(images, kernel, strides, padding, **_):
-  padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
-  rows, columns = kernel.shape[:2]
-  ends = [
-    (size - tap) // stride * stride
-    for size, tap, stride in zip(padded.shape[1:3], (rows, columns), strides, strict=True)
-  ]
-  taps = [
-    padded[:, y : y + ends[0] + 1 : strides[0], x : x + ends[1] + 1 : strides[1]]
-    for y in range(rows)
-    for x in range(columns)
-  ]
-  return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
