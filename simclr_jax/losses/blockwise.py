@@ -116,8 +116,9 @@ def _evaluate(z, label, queue, temperature, decoupled, axis, block, *, with_grad
       queue_term = jnp.sum(queue_grad * rows) / (2 * total * temperature)
     grad = grad.swapaxes(0, 1) / (2 * total * temperature)
   else:
-    add = lambda total, piece: total + _entropy_terms(_products(rows[0], piece[0][0]) / temperature, across_lse)
-    entropies = _over_blocks(add, jnp.zeros_like(across_lse), (columns[1],), block)
+    first, second = rows[0], columns[1]
+    add = lambda terms, piece: terms + _entropy_terms(_products(first, piece[0][0]) / temperature, across_lse)
+    entropies = _over_blocks(add, jnp.zeros_like(across_lse), (second,), block)
 
   sums = (jnp.sum(jnp.mean(row_loss, axis=0)), jnp.sum(entropies), *hits)
   loss, entropy, acc, top1 = (x / total for x in (sums if axis is None else lax.psum(sums, axis)))
