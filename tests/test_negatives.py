@@ -11,11 +11,7 @@ import one_product
 import pytest
 import small_step
 
-<<<<<<< HEAD:tests/test_memory.py
-import simclr_jax
-=======
 from simclr_jax import config as config_lib
->>>>>>> w-training:tests/test_negatives.py
 from simclr_jax import errors, experiment, losses
 from simclr_jax.hardware import cost, sharding
 from simclr_jax.losses import negatives
@@ -69,11 +65,7 @@ def evaluate(z, temperature, queue, filled, kind, **options):
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(("kind", "normalize"), [("nt_xent", True), ("nt_xent", False), ("dcl", True)])
-<<<<<<< HEAD:tests/test_memory.py
-def test_value_and_gradients_are_the_definition_on_one_device_and_eight(kind, normalize, x64):
-=======
 def test_value_and_gradients_are_the_definition_on_any_mesh(kind, normalize, x64):
->>>>>>> w-training:tests/test_negatives.py
   z = random_views(16, 5, seed=3, noise=0.5)
   queue = np.random.default_rng(4).normal(size=(24, 5))
   at_hand = random_views(16, 5, seed=3, noise=0.5)
@@ -88,20 +80,12 @@ def test_value_and_gradients_are_the_definition_on_any_mesh(kind, normalize, x64
       np.testing.assert_allclose(loss, want_loss, rtol=1e-12)
       np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-12 * np.abs(want_grad).max())
       np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-7)
-<<<<<<< HEAD:tests/test_memory.py
-      # The metrics are the batch's own, whatever the queue holds.
-=======
       # The metrics are those of the batch alone, whatever the queue holds.
->>>>>>> w-training:tests/test_negatives.py
       for name, value in metrics_alone.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-12)
 
 
-<<<<<<< HEAD:tests/test_memory.py
-def test_the_queue_has_no_gradient_and_float32_keeps_its_digits():
-=======
 def test_the_queue_gets_no_gradient_and_float32_keeps_its_digits():
->>>>>>> w-training:tests/test_negatives.py
   z = random_views(16, 64, noise=0.01, dtype=np.float32)
   older = random_views(12, 64, seed=8, dtype=np.float64).reshape(24, 64)
   older /= np.linalg.norm(older, axis=1, keepdims=True)
@@ -109,30 +93,17 @@ def test_the_queue_gets_no_gradient_and_float32_keeps_its_digits():
   def loss_fn(z, queue):
     return losses.contrast("nt_xent", z, temperature=0.1, queue=queue)[0]
 
-<<<<<<< HEAD:tests/test_memory.py
-  loss, (grad, queue_grad) = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(z, jnp.asarray(older, jnp.float32))
-=======
   loss, (grad, into_queue) = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(z, jnp.asarray(older, jnp.float32))
->>>>>>> w-training:tests/test_negatives.py
   want_loss, want_grad = twin("nt_xent", z, older, 0.1)
   assert want_loss < 0.05
   np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
   np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-5 * np.abs(want_grad).max())
-<<<<<<< HEAD:tests/test_memory.py
-  np.testing.assert_array_equal(queue_grad, 0)
-
-
-@pytest.mark.devices(8)
-@pytest.mark.optimized
-def test_a_queue_adds_no_collective_and_no_device_holds_all_its_logits():
-=======
   np.testing.assert_array_equal(into_queue, 0)
 
 
 @pytest.mark.optimized
 @pytest.mark.devices(8)
 def test_a_queue_adds_no_exchange_and_its_logits_are_never_whole():
->>>>>>> w-training:tests/test_negatives.py
   mesh, size = sharding.data_mesh(), 1024
   z = jax.ShapeDtypeStruct((64, 2, 4), jnp.float32, sharding=sharding.batched(mesh))
   queue = jax.ShapeDtypeStruct((size, 4), jnp.float32, sharding=sharding.replicated(mesh))
@@ -218,31 +189,20 @@ def test_a_step_sees_older_embeddings_then_replaces_the_oldest(one_device, x64, 
 
 
 @pytest.mark.devices(8)
-<<<<<<< HEAD:tests/test_memory.py
-@pytest.mark.parametrize("sharded", [False, True])
-def test_eight_devices_take_the_steps_of_one(sharded, one_device, x64):
-  states, metrics = steps(8, 2, sharded=sharded)
-=======
 def test_eight_devices_take_the_steps_of_one(one_device, x64, monkeypatch):
   one_product.patch(monkeypatch)
   states, metrics = steps(8, 2)
->>>>>>> w-training:tests/test_negatives.py
   assert_equal_leaves(metrics, one_device[1][:2], 1e-9)
   as_dict = flax.serialization.to_state_dict
   assert_equal_leaves(as_dict(states[2]), as_dict(one_device[0][2]), 1e-9)
 
 
 @pytest.mark.devices(8)
-<<<<<<< HEAD:tests/test_memory.py
-def test_micro_batches_on_eight_devices_take_the_steps_of_those_on_one(one_device, x64):
-  (one, one_metrics), (eight, eight_metrics) = (steps(devices, 2, micro_batches=2) for devices in (1, 8))
-=======
 def test_sharded_micro_batches_on_eight_devices_are_those_of_one(one_device, x64, monkeypatch):
   one_product.patch(monkeypatch)
   (one, one_metrics), (eight, eight_metrics) = (
     steps(devices, 2, micro_batches=2, sharded=devices > 1) for devices in (1, 8)
   )
->>>>>>> w-training:tests/test_negatives.py
   assert_equal_leaves(eight_metrics, one_metrics, 1e-9)
   as_dict = flax.serialization.to_state_dict
   assert_equal_leaves(as_dict(eight[2]), as_dict(one[2]), 1e-9)
@@ -252,8 +212,6 @@ def test_sharded_micro_batches_on_eight_devices_are_those_of_one(one_device, x64
   assert (whole @ parts.T).argmax(axis=1).tolist() == list(range(VIEWS))
 
 
-@pytest.mark.devices(8)
-@pytest.mark.optimized
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
   model, mesh = small_step.network(np.float32), sharding.data_mesh()
   plain, tx, rate = small_step.start(model, mesh)
@@ -275,34 +233,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
   for number in (2, 3):
     resumed = take(resumed, number)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(state))
-<<<<<<< HEAD:tests/test_memory.py
-  # A run without a queue does not take this checkpoint for its own.
-=======
   # A run without a queue refuses this checkpoint.
->>>>>>> w-training:tests/test_negatives.py
   with pytest.raises(errors.UserError, match="extra array training/memory"):
     after.restore_latest(plain)
   after.close()
 
 
 def test_a_plan_counts_the_queue_and_its_pass():
-<<<<<<< HEAD:tests/test_memory.py
-  config = simclr_jax.load_config("demo")
-  parts = lambda: experiment.Experiment(config, "plan")
-  without = parts()
-  model, tx = without.network.pretraining_model(4), without.optimizer(6000).tx
-  plain = without.abstract_state(model, tx)
-  assert plain.memory is None
-  forward = without.network.forward_flops(model, plain)
-  flops = without.network.step_flops(forward)
-  config.memory.size = 1024
-  queue = parts().abstract_state(model, tx).memory
-  assert queue["buffer"].shape == (1024, 64)
-  weights = state_lib.count(plain.params["encoder"]) + state_lib.count(plain.params["projection_head"])
-  assert cost.bytes_per_device(queue) == 4 * (weights + 1024 * 64)
-  # A forward pass of 128 images, and scores and their gradient for 256 views against 1024 embeddings of 64 numbers.
-  assert parts().network.step_flops(forward) - flops == 128 * forward + 2 * (2 * 256 * 1024 * 64)
-=======
   def planned(**keys):
     this = experiment.Experiment(config_lib.load("demo", keys), "plan")
     model = this.network.pretraining_model(4)
@@ -318,7 +255,6 @@ def test_a_plan_counts_the_queue_and_its_pass():
   # A forward pass of 128 images, and scores and their gradient for 256 views against 1024 embeddings of 64 numbers.
   added = with_one.step_flops(forward) - network.step_flops(forward)
   assert added == 128 * forward + 2 * (2 * 256 * 1024 * 64)
->>>>>>> w-training:tests/test_negatives.py
 
 
 def test_without_a_queue_nothing_of_it_is_saved(tmp_path):
