@@ -28,7 +28,7 @@ def registered():
 
 
 @pytest.fixture(scope="module")
-def pretrained(registered, tmp_path_factory):
+def plain(registered, tmp_path_factory):
   """A pretraining run with a projection head."""
   return job("pretrain", tmp_path_factory.mktemp("plain"), *PLAIN)
 
@@ -54,14 +54,14 @@ def model_arrays(workdir):
   return {name: array for name, array in arrays(workdir).items() if name.startswith("['model']")}
 
 
-def test_pretraining_has_statistics_of_the_head_alone(pretrained, headless):
-  statistics = {name for name in model_arrays(pretrained) if "batch_stats" in name}
+def test_pretraining_has_statistics_of_the_head_alone(plain, headless):
+  statistics = {name for name in model_arrays(plain) if "batch_stats" in name}
   assert statistics
   assert all("projection_head" in name for name in statistics)
   names = model_arrays(headless)
   assert names
   assert not any("batch_stats" in name for name in names)
-  for workdir in (pretrained, headless):
+  for workdir in (plain, headless):
     assert set(training_rows(workdir)) == {1, 2}
     assert result(workdir)["eval/online_examples"] == 80
 
@@ -78,7 +78,7 @@ def test_a_stopped_run_without_batch_norm_continues_bit_for_bit(headless, tmp_pa
   assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
 
 
-@pytest.mark.parametrize("run", ["pretrained", "headless"])
+@pytest.mark.parametrize("run", ["plain", "headless"])
 def test_the_encoder_loads_in_one_line(run, request):
   encode, config = simclr_jax.load_encoder(str(request.getfixturevalue(run)))
   assert config.model.encoder == "plain"
@@ -86,7 +86,7 @@ def test_the_encoder_loads_in_one_line(run, request):
   assert (features.shape, features.dtype) == ((3, 32), np.float32)
 
 
-@pytest.mark.parametrize("run", ["pretrained", "headless"])
+@pytest.mark.parametrize("run", ["plain", "headless"])
 def test_a_linear_classifier_learns_on_the_frozen_encoder(run, request, tmp_path):
   workdir = request.getfixturevalue(run)
   options = [*PLAIN, *(NO_HEAD if run == "headless" else ["--config.head.evaluate_from=1"])]
