@@ -21,7 +21,7 @@ from simclr_jax.training import objectives
 BATCHES = (512, 384, 256, 128, 64)
 STEPS = 20
 EXAMPLES = 1_281_167
-# What varies: (input, model.remat). The first two do what PyTorch does, which takes ready-made views.
+# Variants: (input, model.remat). The first two are PyTorch's case, which takes ready-made views.
 VARIANTS = (("views", "none"), ("views", "convs"), ("pairs", "none"), ("pairs", "convs"))
 SMALL_VARIANTS = (("views", "none"), ("pairs", "convs"))
 REAL = (("real", "none"), ("real", "convs"))
@@ -32,7 +32,7 @@ INPUTS = {
 }
 OVERRIDES = {"augment.dtype": "bfloat16", "head.online": False}
 SMALL = {"model.depth": 10, "model.width": 0.0625, "data.image_size": 32}
-# Each contestant has the card for itself, one after the other.
+# Contestants run one after the other, so each may take the whole card.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
 
 
@@ -112,7 +112,7 @@ def rates(overrides: dict[str, Any], variants: Sequence[tuple[str, str]], rounds
 def _rates_of(config, source, rounds, steps):
   """Returns the seconds of a step of one variant."""
   if source == "real":
-    # A sample of the data may be smaller than a batch.
+    # The data at hand may be smaller than a batch.
     most = _experiment(config).train.num_examples // config.data.shards * config.data.shards
     config.batch_size = min(config.batch_size, most)
   this = _experiment(config)

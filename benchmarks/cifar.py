@@ -41,6 +41,8 @@ SMALL = {
   "probes.epochs": 1,
   "probes.batch_size": 16,
   "probes.lbfgs_steps": 20,
+  "monitor.knn_images": 0,
+  "monitor.pairs": 0,
 }
 
 
@@ -59,7 +61,7 @@ def run(workdir: str, *, npz: str, epochs: float, steps: int, small: bool) -> di
     measure.say(reason)
     return {"left_out": reason}
   overrides = {**OVERRIDES, "total_epochs": epochs, "total_steps": steps, "data.dir": npz}
-  # Of its own, because a run that is there already would go on and take no time.
+  # A new folder: a finished run would be continued and take no time.
   folder = epath.Path(workdir) / f"cifar_{datetime.datetime.now():%Y%m%dT%H%M%S}"
   result = measure.alone(train_and_evaluate, {**overrides, **(SMALL if small else {})}, str(folder))
   minutes = result["seconds"]["pretrain"] / 60

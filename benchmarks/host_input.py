@@ -12,12 +12,12 @@ from PIL import Image
 from benchmarks import measure
 
 SIZE = 224
-# What is counted at a time, and what goes before.
+# A measurement takes at least so many seconds and batches, after a warm-up of some batches.
 SECONDS, FEWEST, WARM_UP = 1.0, 3, 4
 BATCH, SHARDS = 16, 4
 # At most so many images are kept in memory.
 KEPT = 256
-# Of the images that are made where there are no real ones; ImageNet's have 110 kB on average.
+# The images that stand in for real ones; ImageNet's have 110 kB on average.
 MADE, MADE_SHAPE, MADE_QUALITY = 64, (375, 500), 92
 
 WHAT = {
@@ -30,7 +30,7 @@ WHAT = {
 
 
 def run(data_dir: str, rounds: int = measure.ROUNDS, seconds: float = SECONDS) -> dict:
-  """Prints and returns rates of the ways from JPEGs to pairs of views, and what determinism costs.
+  """Prints and returns images/s of the ways from JPEGs to pairs of views, and what a deterministic order costs.
 
   Args:
     data_dir: TFDS folder that has imagenet2012; "" for images that are made here.
@@ -139,7 +139,7 @@ def _measurements(data_dir, seconds):
 
 
 def _rate(batches, seconds) -> float:
-  """Returns images/s by the clock; of a pipeline of its own, because one that is left standing goes on working."""
+  """Returns images/s. Each call takes a new pipeline: one that nobody reads goes on prefetching and takes CPU time."""
   for _ in range(WARM_UP):
     next(batches)
   begin, count = time.perf_counter(), 0

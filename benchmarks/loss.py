@@ -17,9 +17,9 @@ from simclr_jax import losses
 
 DIM = 128
 TEMPERATURE = 0.1
-# Of the memory that is available, what a timed loss may take.
+# Share of the free memory that a timed loss may take.
 MEMORY_SHARE = 0.6
-# What is expected to take longer than this, by its previous size, is not timed.
+# A loss that is expected to take longer, by the time of the previous size, is not timed.
 MAX_SECONDS = 400
 
 
@@ -46,7 +46,7 @@ def run(batch_sizes: Sequence[int]) -> dict:
       row = {"n": n, "loss": name, **row_of(n, previous.get(name))}
       if "seconds" in row:
         row["flop_per_second"] = product_flops(n) / row["seconds"]
-      # A size that was not timed still says how many times larger the next one is.
+      # The expected time of the next size is extrapolated from the last size that was timed.
       previous[name] = row if "seconds" in row else previous.get(name)
       of_size[name] = row
       _add_ratios(row, of_size["dense"])
@@ -73,7 +73,7 @@ def dense(z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
   logits = jnp.where(jnp.eye(2 * n, dtype=bool), -jnp.inf, logits)
   index = jnp.arange(2 * n)
   positive = (index + n) % (2 * n)
-  # Half the memory of log_softmax, which keeps one more matrix.
+  # log_softmax would keep one more matrix, twice the memory.
   loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[index, positive])
   logits = jax.lax.stop_gradient(logits)
   across = logits[:n, n:]
@@ -96,7 +96,7 @@ def optax_ntxent(z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
   return optax.losses.ntxent(rows, jnp.arange(len(rows)) // 2, temperature=TEMPERATURE), {}
 
 
-# Dense first, because the others are compared with it.
+# Dense comes first because the others are compared with it.
 LOSSES = {"dense": dense, "blockwise": blockwise, "optax": optax_ntxent}
 
 

@@ -20,10 +20,10 @@ import jax
 ROOT = pathlib.Path(__file__).parents[1]
 
 ROUNDS = 5
-# What takes longer than this is run once, without a warm-up.
+# A step that takes longer is run once, without a warm-up.
 SLOW_SECONDS = 30
 
-# In a process of its own: what it calls again and again.
+# In a child process: the function that it calls repeatedly.
 _made = []
 
 
@@ -160,5 +160,5 @@ def record(line: dict) -> pathlib.Path | None:
 
 
 def say(text: str) -> None:
-  """Prints at once: a benchmark takes its time."""
+  """Prints without buffering, because a benchmark takes long."""
   print(text, flush=True)

@@ -1,4 +1,4 @@
-"""plain: the same ResNet in Linen's own layers, as a tutorial has it, and its step; what ours is held against."""
+"""plain: the same ResNet in Linen's own layers, as in a tutorial, and its step: the baseline of ours."""
 
 from collections.abc import Callable
 

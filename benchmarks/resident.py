@@ -1,4 +1,4 @@
-"""resident: what input and augmentation take of a step on data that is on the devices."""
+"""resident: the share of input and augmentation in a step on data that is on the devices."""
 
 from typing import Any
 

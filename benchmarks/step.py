@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from benchmarks import loss, measure, plain
@@ -17,7 +19,7 @@ from simclr_jax.training import objectives
 
 IMAGES = 64
 EXAMPLES = 50_000
-# The recipe of CIFAR-10 with the loss that the others have, and without a classifier beside it.
+# The recipe of CIFAR-10 with the loss of the other contestants, and without the online classifier.
 OVERRIDES = {
   "loss.temperature": loss.TEMPERATURE,
   "head.out_dim": loss.DIM,
@@ -42,7 +44,7 @@ def run(overrides: dict[str, Any] | None = None, rounds: int = measure.ROUNDS) -
   config, parts = this.config, this.network
   model, optimizer = parts.pretraining_model(classes=0), this.optimizer(EXAMPLES)
   state = this.state(model, optimizer.tx)
-  # Copies, because the state of ours is donated.
+  # A copy, because our step donates its state.
   held = jax.device_get((state.params, state.batch_stats, state.opt_state))
   other = jax.device_put(held, jax.devices()[0])
   flops = parts.step_flops(parts.forward_flops(model, state))
@@ -80,7 +82,7 @@ def run(overrides: dict[str, Any] | None = None, rounds: int = measure.ROUNDS) -
   return {**result, **({"left_out": left_out} if left_out else {}), "headline": headline}
 
 
-def torch_keys(config) -> dict:
+def torch_keys(config: ml_collections.ConfigDict) -> dict:
   """Returns what `pytorch.network` takes, for the same network."""
   model = {"depth": config.model.depth, "width": config.model.width, "small_images": config.model.small_images}
   return {**model, "layers": config.head.layers, "out_dim": config.head.out_dim}
@@ -114,13 +116,13 @@ def _with_pytorch(stack, contestants, config) -> str:
   return ""
 
 
-def config_keys(config) -> dict:
-  """Returns the arguments of `pytorch_trainer`, which a process can be sent."""
+def config_keys(config: ml_collections.ConfigDict) -> dict:
+  """Returns the arguments of `pytorch_trainer`; they can be pickled."""
   return {"keys": torch_keys(config), "images": config.batch_size, "size": config.data.image_size, "compiled": False}
 
 
-def pytorch_trainer(keys: dict):
-  """Returns `pytorch.trainer`, imported where it is called."""
+def pytorch_trainer(keys: dict) -> Callable[[int], dict]:
+  """Returns `pytorch.trainer`, imported late because PyTorch need not be installed."""
   from benchmarks import pytorch
 
   return pytorch.trainer(**keys)

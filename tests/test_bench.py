@@ -203,6 +203,7 @@ def test_wrong_sizes_are_named_in_one_line(tmp_path, capsys, sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_blockwise_keeps_its_bars_at_8192():
   def temporaries(loss_fn, n):
     z = jax.ShapeDtypeStruct((n, 2, loss.DIM), jnp.float32)
@@ -241,7 +242,7 @@ def test_contestants_take_turns_and_the_first_round_does_not_count():
   assert measure.medians(found) == {"a": 5.0, "b": 6.0}
 
 
-def test_a_process_of_its_own_keeps_what_it_made_and_has_its_own_environment(monkeypatch):
+def test_a_child_process_keeps_its_function_and_has_its_own_environment(monkeypatch):
   monkeypatch.delenv("OF_THE_CHILD", raising=False)
   with measure.in_a_process(functools.partial, os.getenv, environment={"OF_THE_CHILD": "1"}) as call:
     assert call("OF_THE_CHILD") == "1"
@@ -331,7 +332,7 @@ def test_the_input_is_measured_on_images_made_here(monkeypatch, capsys):
   for name, value in {"SIZE": 32, "MADE": 8, "MADE_SHAPE": (60, 80), "BATCH": 4, "WARM_UP": 1, "FEWEST": 1}.items():
     monkeypatch.setattr(host_input, name, value)
   result = host_input.run("", rounds=1, seconds=0.01)
-  # Of the two, the process for what determinism costs has all processors.
+  # The first process is pinned to one processor; the second, for the cost of determinism, has all of them.
   assert [len(processors) for processors in pinned] == [1]
   assert result["rates"].keys() == host_input.WHAT.keys()
   assert result["ratios"]["decode"]["of_decode"] == 1
@@ -349,7 +350,7 @@ def test_without_tensorflow_the_input_is_left_out(monkeypatch):
 @pytest.mark.slow
 def test_the_accelerators_command_runs_in_a_small_form(short, tmp_path, monkeypatch, checkout):
   hide(monkeypatch, "torch")
-  # Tested with its job, and slow.
+  # linear_eval is slow and has tests of its own.
   found = lambda config, workdir: config.checkpoint == workdir.replace("linear", "pretrain")
   linear = lambda config, workdir: {"eval/top1": float(found(config, workdir)), "eval/lbfgs_top1": 0.5}
   monkeypatch.setattr(linear_eval, "run", linear)

@@ -9,11 +9,13 @@ import signal
 import jax
 import pytest
 from hidden import hide
+from plain_encoder import PlainEncoder
 from runs import ROOT
 
 from simclr_jax import __main__ as command
 from simclr_jax.hardware import cost
 from simclr_jax.jobs import plan
+from simclr_jax.models import encoders
 
 # The schedule is that of ImageNet; the network is small.
 TINY = [
@@ -28,6 +30,12 @@ WITH_COMPILER = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="the TPU compiler (libtpu, in the extras dev and tpu) is not installed",
 )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+  """Plans without --workdir are written below the current folder."""
+  monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -50,11 +58,12 @@ def fails(capsys, *argv) -> str:
 @pytest.mark.slow
 @WITH_COMPILER
 def test_a_plan_for_tpus_that_are_not_here_says_what_the_compiler_found(planned):
-  written, text = planned("--topology=v5e:2x2", "--config.batch_size=64", "--config.micro_batches=2", "--mfu=0.5")
+  host = "--config.augment.place=host"  # Compiled quickly: the augmentation is no part of the step.
+  written, text = planned("--topology=v5e:2x2", "--config.batch_size=64", "--config.micro_batches=2", "--mfu=0.5", host)
   (one,) = written["plans"]
   assert (one["devices"], one["device_kind"], one["available"], one["fits"]) == (4, "TPU v5 lite", 16 * 2**30, True)
   assert one["needed"] == sum(one["memory"].values())
-  assert one["memory"]["batch"] == 64 // 4 * (2 * 32 * 32 * 3 + 4 + 4 + 4)  # uint8 pairs, label, index, epoch
+  assert one["memory"]["batch"] == 64 // 4 * (4 * 2 * 32 * 32 * 3 + 4 + 4 + 4)  # float32 views, label, index, epoch
   # The steps of the paper's run, at half the peak of four chips.
   assert one["steps"] == 1_281_167 * 1000 // 64 + 1
   assert one["step_seconds_at_peak"] == pytest.approx(one["step_flops"] / (4 * 197e12))
@@ -76,11 +85,13 @@ def test_what_does_not_fit_is_said_plainly_with_what_to_change(planned):
   assert "DOES NOT FIT. Try --config.micro_batches=" in text
 
 
-def test_a_sweep_on_this_machine_has_a_plan_of_each_batch_size_and_touches_no_device(planned):
+def test_a_sweep_has_a_plan_of_each_batch_size_and_touches_no_device(planned, monkeypatch):
+  monkeypatch.setitem(encoders.ENCODERS, "plain", PlainEncoder)
   before = {id(array) for array in jax.live_arrays()}
   written, text = planned(
     "--batch_sizes=16,32",
     "--devices=1",
+    "--config.model.encoder=plain",
     "--config.head.online=false",
     "--config.data.resident=true",
   )

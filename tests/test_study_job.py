@@ -7,17 +7,26 @@ import signal
 
 import pytest
 from PIL import Image
+from plain_encoder import PlainEncoder
 from runs import TINY
 
 from simclr_jax import __main__ as command
 from simclr_jax import config as config_lib
 from simclr_jax import errors, files
 from simclr_jax.jobs import knn, linear_eval, pretrain, study
+from simclr_jax.models import encoders
 from simclr_jax.training import checkpoint, loop, telemetry
 
 PROBES = ("epochs=1", "batch_size=16", "lbfgs_steps=5", "lbfgs_tolerance=10.0", "learning_rates=0.1")
 PROBES += ("weight_decays=0.0", "l2_strengths=1e-2")
-CELLS = ["--config.total_steps=2", "--config.head.online=false", *(f"--config.probes.{key}" for key in PROBES)]
+CELLS = ["--config.model.encoder=plain", "--config.total_steps=2", "--config.head.online=false"]
+CELLS += [f"--config.probes.{key}" for key in PROBES]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+  """Lets the cells have an encoder that compiles quickly."""
+  monkeypatch.setitem(encoders.ENCODERS, "plain", PlainEncoder)
 
 
 def run(workdir, name, *more):
