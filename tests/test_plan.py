@@ -93,6 +93,7 @@ def test_a_sweep_has_a_plan_of_each_batch_size_and_touches_no_device(planned, mo
     "--devices=1",
     "--config.model.encoder=plain",
     "--config.head.online=false",
+    "--config.augment.blur_probability=0",
     "--config.data.resident=true",
   )
   assert {id(array) for array in jax.live_arrays()} <= before

@@ -5,11 +5,13 @@ flipped, the classifier learns with Nesterov momentum and a cosine rate. Needs -
 --config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised, the number to
 beat). Without --config the run's own is used. --config.head.evaluate_from=-1 reads the projection head's output instead
 of the encoder's. --config.labels.fraction=0.1 learns from a tenth of the labels. Writes `result.json`, and a
-checkpoint with encoder and classifier. --config.linear_eval.protocol=features takes one pass over the images and trains
-many classifiers at once: a grid of learning rates and weight decays, and a path of L2 strengths; a held-back share of
-the training images chooses one of each, and these two, trained again on all training images, count the held-out split
-once. --config.linear_eval.protocol=stored trains none, and counts with the one that the checkpoint has: a run of
-finetune, distill or linear_eval, pretraining's online one, or a converted release.
+checkpoint with encoder and classifier.
+
+--config.linear_eval.protocol=features takes one pass over the images and trains many classifiers at once: a grid of
+learning rates and weight decays, and a path of L2 strengths. A held-back part of the training images chooses one of
+each; these two are trained again on all training images and count the held-out split once.
+--config.linear_eval.protocol=stored trains none, and counts with the classifier of the checkpoint: a run of finetune,
+distill or linear_eval, pretraining's online classifier, or a converted release.
 """
 
 import time
