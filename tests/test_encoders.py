@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 from test_models import abstract, filled, images_like
 
-from simclr_jax import errors, optim
+from simclr_jax import config, errors, optim
 from simclr_jax.models import encoders, heads, resnet, simclr
 
 
@@ -28,14 +28,13 @@ def test_an_encoder_is_built_from_those_keys_that_are_its_fields(plain):
   assert encoders.build({**keys, "encoder": "plain"}) == plain_encoder.PlainEncoder(48, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize(
-  ("keys", "says"),
-  [({"encoder": "resnt"}, 'did you mean "resnet"'), ({"param_dtype": "float23"}, 'did you mean "float32"')],
-)
-def test_an_unknown_encoder_or_dtype_is_answered_with_the_nearest(keys, says):
-  with pytest.raises(errors.UserError, match=says) as caught:
-    encoders.build({**DTYPES, **keys})
+def test_an_unknown_encoder_or_dtype_gets_the_nearest_one():
+  with pytest.raises(errors.UserError, match='did you mean "resnet"') as caught:
+    encoders.build({**DTYPES, "encoder": "resnt"})
   assert "\n" not in str(caught.value)
+  for key, wrong, nearest in (("encoder", "resnt", "resnet"), ("param_dtype", "float23", "float32")):
+    with pytest.raises(errors.UserError, match=f'config.model.{key} is .*did you mean "{nearest}"'):
+      config.load("demo", {f"model.{key}": wrong})
 
 
 @pytest.mark.parametrize("encoder", [resnet.ResNet(50, sk_ratio=0.1, se_ratio=0.1), plain_encoder.PlainEncoder()])

@@ -111,6 +111,8 @@ def tuned(pretrained, shared_folder):
   with runs.only_once(folder) as to_make:
     if to_make:
       settings = ["head.finetune_from=1", "finetune.after_block=2", "labels.fraction=0.5", f"checkpoint={pretrained}"]
+      # The classifier starts at zero, so that the second step is the first that moves the encoder.
+      settings += ["finetune.optimizer.base_learning_rate=5.0"]
       job("finetune", folder, *(f"--config.{text}" for text in settings))
   return folder
 
@@ -139,7 +141,7 @@ def test_every_recipe_takes_micro_batches_and_sharded_parameters(pretrained, tun
   placed = []
   create = state_lib.create
   monkeypatch.setattr(state_lib, "create", lambda *a: placed.append(create(*a)) or placed[-1])
-  settings = [f"{name}.micro_batches=2", "sharding.parameters=sharded", f"{name}.total_epochs=0.2"]
+  settings = [f"{name}.micro_batches=2", "sharding.parameters=sharded", f"{name}.total_epochs=0.1"]
   settings += (
     [f"distill.teacher={tuned}", "distill.label_weight=0.5"] if name == "distill" else [f"checkpoint={pretrained}"]
   )
