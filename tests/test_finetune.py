@@ -175,7 +175,7 @@ def test_a_student_learns_from_a_tuned_teacher(tuned, tmp_path, cached):
 
 
 def test_a_student_that_was_stopped_continues_bit_for_bit(tuned, tmp_path):
-  settings = [f"distill.teacher={tuned}", "distill.total_epochs=0.6", "checkpoint_every_steps=1", "keep_checkpoints=9"]
+  settings = [f"distill.teacher={tuned}", "distill.total_epochs=0.5", "checkpoint_every_steps=1", "keep_checkpoints=9"]
   settings = [f"--config.{text}" for text in settings]
   job("distill", tmp_path, *settings)
   whole, rows = runs.arrays(tmp_path), training_rows(tmp_path)
@@ -215,7 +215,7 @@ def test_without_a_config_the_student_is_built_like_the_teacher(tuned, tmp_path)
     ("finetune", ["head.finetune_from=3"], "config.head.finetune_from is 3 and the projection head has 2 layers"),
     ("finetune", ["finetune.after_block=5"], "config.finetune.after_block is 5"),
     ("finetune", ["labels.fraction=0"], "config.labels.fraction is 0"),
-    ("finetune", ["labels.ids=absent.txt"], 'no file "absent.txt"'),
+    ("finetune", ["labels.ids=absent.txt"], 'absent.txt" for config.labels.ids'),
     ("finetune", ["checkpoint=RUN", "model.width=0.25"], "config.model.width = 0.0625, not 0.25"),
     ("finetune", ["checkpoint=RUN", "head.layers=3", "head.finetune_from=1"], "config.head.layers = 2, not 3"),
     ("distill", [], "distill has no teacher"),

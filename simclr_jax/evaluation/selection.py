@@ -136,6 +136,7 @@ def best_regression(
         "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
         *(name, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), path.tolerance),
       )
+    return [score(logits, held_out.label) for logits in probes.logits(trained, other_x, mesh=mesh)]
 
   train, validation, test = (Features(*split) for split in (train, validation, test))
   by_strength = scored(train, validation, path.l2_strengths)
