@@ -4,10 +4,10 @@ import functools
 import json
 import shutil
 
+import float64_convolution
 import jax
 import jax.numpy as jnp
 import numpy as np
-import one_product
 import pytest
 import runs
 import small_step
@@ -33,7 +33,7 @@ CASES = {"linear_frozen_bn": WHOLE, "linear_frozen_bn_wd": HEAD, "finetune_selec
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps_are_the_reference_s(reference, monkeypatch, x64, name):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   case, mesh = trajectories.Case(reference("finetune_steps"), name), sharding.data_mesh()
   layer, after_stage = case.flag("ft_proj_selector"), case.flag("fine_tune_after_block")
   model = simclr.Classifier(case.encoder, case.linear_head, case.projection_head, layer, after_stage)
@@ -54,7 +54,7 @@ def test_four_steps_are_the_reference_s(reference, monkeypatch, x64, name):
   assert case.assert_variables(before, state, CASES[name]) == (len(case.paths) if CASES[name] == WHOLE else 2)
 
 
-def test_a_balanced_part_has_the_same_share_of_every_class_and_grows_by_adding():
+def test_balanced_parts_keep_the_shares_of_classes_and_grow_by_adding():
   labels = np.random.default_rng(0).choice(5, 4000, p=[0.4, 0.3, 0.2, 0.08, 0.02])
   parts = [subset.balanced(labels, fraction, seed=3) for fraction in (0.001, 0.01, 0.1, 1.0)]
   for fraction, rows in zip((0.001, 0.01, 0.1, 1.0), parts, strict=True):
@@ -100,8 +100,15 @@ def test_flops_by_module_are_those_of_the_whole():
 # The jobs, on the tiny network of all tests.
 
 
+def options(*settings):
+  return [f"--config.{text}" for text in settings]
+
+
 def result_of(workdir):
   return json.loads((workdir / "result.json").read_text())
+
+
+RATE = "finetune.optimizer.base_learning_rate"
 
 
 @pytest.fixture(scope="session")
@@ -110,10 +117,9 @@ def tuned(pretrained, shared_folder):
   folder = shared_folder / "tuned"
   with runs.only_once(folder) as to_make:
     if to_make:
+      # Enough steps at a rate that moves every weight of the tiny network.
       settings = ["head.finetune_from=1", "finetune.after_block=2", "labels.fraction=0.5", f"checkpoint={pretrained}"]
-      # The classifier starts at zero, so that the second step is the first that moves the encoder.
-      settings += ["finetune.optimizer.base_learning_rate=5.0"]
-      job("finetune", folder, *(f"--config.{text}" for text in settings))
+      job("finetune", folder, *options(*settings, "finetune.total_epochs=1.2", f"{RATE}=20"))
   return folder
 
 
@@ -134,50 +140,53 @@ def test_frozen_parts_keep_their_bits_and_the_first_layer_learns(pretrained, tun
   assert checkpoint.open(str(pretrained)).classifier_layer == 0
 
 
-@pytest.mark.devices(8)
+@pytest.mark.devices(2)
 @pytest.mark.parametrize("name", ["finetune", "linear_eval", "distill"])
-def test_every_recipe_takes_micro_batches_and_sharded_parameters(pretrained, tuned, tmp_path, monkeypatch, name):
+def test_every_recipe_takes_micro_batches_and_sharded_parameters(request, pretrained, tmp_path, monkeypatch, name):
   monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 2**8)
-  placed = []
-  create = state_lib.create
-  monkeypatch.setattr(state_lib, "create", lambda *a: placed.append(create(*a)) or placed[-1])
+  states, create = [], state_lib.create
+  monkeypatch.setattr(state_lib, "create", lambda *arguments: states.append(create(*arguments)) or states[-1])
   settings = [f"{name}.micro_batches=2", "sharding.parameters=sharded", f"{name}.total_epochs=0.1"]
-  settings += (
-    [f"distill.teacher={tuned}", "distill.label_weight=0.5"] if name == "distill" else [f"checkpoint={pretrained}"]
-  )
-  job(name, tmp_path, *(f"--config.{text}" for text in settings))
-  assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed[0].params["encoder"]))
+  if name == "distill":
+    settings += [f"distill.teacher={request.getfixturevalue('tuned')}", "distill.label_weight=0.5"]
+  else:
+    settings += [f"checkpoint={pretrained}"]
+  job(name, tmp_path, *options(*settings))
+  assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(states[0].params["encoder"]))
   assert result_of(tmp_path)["steps"] == 1
-  assert np.isfinite(training_rows(tmp_path)[1]["train/grad_norm"])
-
-
-def test_micro_batches_of_finetune_normalise_each_part_by_itself(finetuned, pretrained, tmp_path):
-  job("finetune", tmp_path, f"--config.checkpoint={pretrained}", "--config.finetune.micro_batches=2")
-  ours, whole = (training_rows(folder)[1] for folder in (tmp_path, finetuned))
-  assert ours.keys() == whole.keys()
-  # The classifier starts at zero: the loss is ln 10 whatever the features are, but its gradient depends on them.
-  assert ours["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-6)
-  assert ours["train/grad_norm"] != pytest.approx(whole["train/grad_norm"], rel=1e-4)
-  assert ours["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.5)
-
-
-@pytest.mark.parametrize("cached", ["true", "false"])
-def test_a_student_learns_from_a_tuned_teacher(tuned, tmp_path, cached):
-  settings = [f"distill.teacher={tuned}", f"distill.cache_teacher={cached}", "distill.label_weight=0.3"]
-  job("distill", tmp_path, *(f"--config.{text}" for text in settings), "--config.labels.fraction=0.25")
-  result = result_of(tmp_path)
-  assert result["labelled_examples"] == 20
-  assert result["train_examples"] == 80
   row = training_rows(tmp_path)[1]
+  assert np.isfinite(row["train/grad_norm"])
+  if name == "finetune":
+    # The classifier starts at zero: the first loss does not depend on the features, its gradient does, and so shows
+    # that BatchNorm took its statistics over each part.
+    whole = training_rows(request.getfixturevalue("finetuned"))[1]
+    assert row["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-6)
+    assert row["train/grad_norm"] != pytest.approx(whole["train/grad_norm"], rel=1e-4)
+    assert row["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.5)
+
+
+LABELS = ("distill.label_weight=0.3", "labels.fraction=0.25")
+
+
+def assert_student_of(tuned, workdir):
+  """Checks the result of a distillation with the settings LABELS."""
+  result, row = result_of(workdir), training_rows(workdir)[1]
+  assert (result["train_examples"], result["labelled_examples"]) == (80, 20)
   wanted = 0.7 * row["train/distill_loss"] + 0.3 * row["train/supervised_loss"]
   assert row["train/loss"] == pytest.approx(wanted, rel=1e-5)
-  assert checkpoint.open(str(tmp_path)).classes == checkpoint.open(str(tuned)).classes
+  assert checkpoint.open(str(workdir)).classes == checkpoint.open(str(tuned)).classes
 
 
-def test_a_student_that_was_stopped_continues_bit_for_bit(tuned, tmp_path):
-  settings = [f"distill.teacher={tuned}", "distill.total_epochs=0.5", "checkpoint_every_steps=1", "keep_checkpoints=9"]
-  settings = [f"--config.{text}" for text in settings]
+def test_a_student_learns_from_the_cached_logits_of_its_teacher(tuned, tmp_path):
+  job("distill", tmp_path, *options(f"distill.teacher={tuned}", "distill.cache_teacher=true", *LABELS))
+  assert_student_of(tuned, tmp_path)
+
+
+def test_a_student_beside_its_teacher_continues_bit_for_bit(tuned, tmp_path):
+  settings = [f"distill.teacher={tuned}", "distill.cache_teacher=false", "distill.total_epochs=0.4", *LABELS]
+  settings = options(*settings, "checkpoint_every_steps=1", "keep_checkpoints=9")
   job("distill", tmp_path, *settings)
+  assert_student_of(tuned, tmp_path)
   whole, rows = runs.arrays(tmp_path), training_rows(tmp_path)
   assert set(rows) == {1, 2, 3}
   # As a kill after the second step leaves the folder: later rows may be there, a later checkpoint is not.
@@ -226,6 +235,6 @@ def test_without_a_config_the_student_is_built_like_the_teacher(tuned, tmp_path)
   ],
 )
 def test_what_does_not_fit_is_said_in_one_line(pretrained, tmp_path, capsys, name, settings, words):
-  overrides = (f"--config.{text.replace('RUN', str(pretrained))}" for text in settings)
+  overrides = options(*(text.replace("RUN", str(pretrained)) for text in settings))
   assert command.main([name, *TINY, f"--workdir={tmp_path}", *overrides]) == 2
   assert words in capsys.readouterr().err

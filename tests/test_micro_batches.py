@@ -4,10 +4,10 @@ import functools
 import re
 
 import flax
+import float64_convolution
 import jax
 import jax.numpy as jnp
 import numpy as np
-import one_product
 import pytest
 import small_step
 from flax import traverse_util
@@ -120,7 +120,7 @@ def contrastive_step_with_grouped_statistics(groups, kind):
   [("nt_xent", 1, False), ("nt_xent", 8, True), ("sup_con", 1, False), ("dcl", 8, False)],
 )
 def test_micro_batches_take_the_step_of_grouped_statistics(kind, devices, sharded, x64, monkeypatch):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   wanted = contrastive_step_with_grouped_statistics(3, kind)
   options = {"micro_batches": 3, "kind": kind, "optimizer": "momentum", "sharded": sharded}
   assert_equal_steps(small_step.one_step(devices, np.float64, **options), wanted, 2 * N)
@@ -245,7 +245,7 @@ def supervised_step_with_grouped_statistics(kind):
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", ["classification", "distillation"])
 def test_supervised_micro_batches_take_the_step_of_grouped_statistics(kind, x64, monkeypatch):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   wanted = supervised_step_with_grouped_statistics(kind)
   before = as_dict(start(classifier(), sharding.data_mesh(jax.devices()[:1]))[0])
   for devices, sharded in ((1, False), (8, True)):
@@ -347,7 +347,7 @@ def test_rematerialisation_changes_no_gradient(x64, monkeypatch):
     return str(jax.make_jaxpr(function)(params)).count("conv_general_dilated[")
 
   assert convolutions(MIXED) - convolutions("none") == 3, "those of group 2; group 4 keeps its outputs"
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   wanted, got = (
     jax.jit(function)(params) for function, params in (gradient_of(r, np.float64) for r in ("none", MIXED))
   )

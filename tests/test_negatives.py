@@ -4,10 +4,10 @@ import functools
 import re
 
 import flax
+import float64_convolution
 import jax
 import jax.numpy as jnp
 import numpy as np
-import one_product
 import pytest
 import small_step
 
@@ -155,12 +155,12 @@ def assert_equal_leaves(ours, theirs, tolerance):
 @pytest.fixture(scope="module")
 def one_device():
   with jax.enable_x64(True), pytest.MonkeyPatch.context() as patches:
-    one_product.patch(patches)
+    float64_convolution.patch(patches)
     return steps(1, 3)
 
 
 def test_a_step_sees_older_embeddings_then_replaces_the_oldest(one_device, x64, monkeypatch):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   states, metrics = one_device
   model = small_step.network(np.float64)
 
@@ -190,7 +190,7 @@ def test_a_step_sees_older_embeddings_then_replaces_the_oldest(one_device, x64, 
 
 @pytest.mark.devices(8)
 def test_eight_devices_take_the_steps_of_one(one_device, x64, monkeypatch):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   states, metrics = steps(8, 2)
   assert_equal_leaves(metrics, one_device[1][:2], 1e-9)
   as_dict = flax.serialization.to_state_dict
@@ -199,7 +199,7 @@ def test_eight_devices_take_the_steps_of_one(one_device, x64, monkeypatch):
 
 @pytest.mark.devices(8)
 def test_sharded_micro_batches_on_eight_devices_are_those_of_one(one_device, x64, monkeypatch):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   (one, one_metrics), (eight, eight_metrics) = (
     steps(devices, 2, micro_batches=2, sharded=devices > 1) for devices in (1, 8)
   )

@@ -1,10 +1,10 @@
 """The pretraining step: the reference's six-step trajectories, and the same numbers on one device and on eight."""
 
 import flax
+import float64_convolution
 import jax
 import jax.numpy as jnp
 import numpy as np
-import one_product
 import pytest
 import small_step
 import trajectories
@@ -16,9 +16,10 @@ from simclr_jax.training import state as state_lib
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["lars", "momentum"])
 def test_six_steps_are_the_reference_s(reference, monkeypatch, x64, name):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   case, mesh = trajectories.Case(reference("train_steps"), name), sharding.data_mesh()
   model = simclr.SimCLR(case.encoder, case.projection_head, case.linear_head)
   initial, (tx, rate) = case.variables(model, mesh), case.optimizer()
@@ -67,7 +68,7 @@ def assert_equal_leaves(ours, theirs, tolerance):
 @pytest.mark.slow
 @pytest.mark.devices(8)
 def test_eight_devices_take_the_steps_of_one_in_float64(x64, monkeypatch):
-  one_product.patch(monkeypatch)
+  float64_convolution.patch(monkeypatch)
   assert_equal_leaves(two_steps(8, jnp.float64), two_steps(1, jnp.float64), 1e-9)
 
 
