@@ -20,10 +20,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from runs import finetuned, linear, pretrained, shared_folder  # noqa: E402, F401  (fixtures)
+from runs import REAL_DATA, finetuned, linear, pretrained, shared_folder  # noqa: E402, F401  (fixtures)
 
 FIXTURES = pathlib.Path(__file__).parent / "reference"
-REAL_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 # A process has eight virtual devices, of which the code under test sees this many.
 VISIBLE = {"devices": 1}

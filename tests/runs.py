@@ -16,6 +16,7 @@ from simclr_jax import __main__ as command
 from simclr_jax.training import checkpoint, telemetry
 
 ROOT = pathlib.Path(__file__).parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
 TINY = [
   f"--config={ROOT}/configs/cifar10.py",
   "--config.data.source=shapes",

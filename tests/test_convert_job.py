@@ -386,7 +386,7 @@ def test_variables_that_do_not_fit_are_one_line(tmp_path, tiny, capsys):
   assert "no variables" in bad({"global_step": np.int64(3)})
   odd = {**tiny, "base_model/conv2d/kernel": np.zeros((5, 5, 3, 8), np.float32)}
   assert "no ResNet of depth" in bad(odd)
-  assert "--ema got 'no'" in bad(tiny, "--ema=no")
+  assert "--ema=no; give --ema alone" in bad(tiny, "--ema=no")
   assert "--image_size got '0'" in bad(tiny, "--image_size=0")
 
 

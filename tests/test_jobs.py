@@ -235,16 +235,16 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
     "--config.data.steps_per_dispatch=2",
   ]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  assert finish(start(whole, *settings)) == 0
+  assert finish(start(whole, *settings, optimized=False)) == 0
 
-  killed = start(broken, *settings)
+  killed = start(broken, *settings, optimized=False)
   wait_for_step(killed, broken, 12)
   killed.kill()
   killed.communicate()
   reached = max(training_rows(broken))
   assert 12 <= reached < 60
 
-  terminated = start(broken, *settings)
+  terminated = start(broken, *settings, optimized=False)
   wait_for_step(terminated, broken, reached + 6)
   terminated.send_signal(signal.SIGTERM)
   assert finish(terminated) == 143
@@ -252,7 +252,7 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
   assert reached < stopped < 60
   assert checkpoint.open(str(broken)).path.name == str(stopped)
 
-  assert finish(start(broken, *settings)) == 0
+  assert finish(start(broken, *settings, optimized=False)) == 0
   assert training_rows(broken) == training_rows(whole)
   for step in range(10, 61, 10):
     ours, theirs = (arrays(folder / "checkpoints" / str(step)) for folder in (broken, whole))

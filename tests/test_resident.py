@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
-from conftest import REAL_DATA
+from runs import REAL_DATA
 from PIL import Image
 
 from simclr_jax import errors
