@@ -8,7 +8,7 @@ demo:
 # PYTEST_ARGS="-m 'not slow'" or "-k lars" selects a part of the suite.
 test:
 	@sh scripts/setup.sh dev
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint:
 	@sh scripts/setup.sh dev

@@ -1,13 +1,13 @@
-"""CIFAR-10 with ResNet-18: the reference's own recipe (its README; paper: v1 appendix B.9 for ResNet-50).
+"""CIFAR-10 with ResNet-18: the reference's own recipe (its README; v1 appendix B.9 has ResNet-50).
 
-  python -m simclr_jax pretrain --config=configs/cifar10.py --workdir=runs/cifar10
-  python -m simclr_jax linear_eval --config.checkpoint=runs/cifar10 --workdir=runs/cifar10-linear
+  simclr-jax pretrain --config=cifar10 --config.data.dir=DIR --workdir=runs/cifar10
+  simclr-jax linear_eval --config.checkpoint=runs/cifar10 --workdir=runs/cifar10-linear
 
 Expected: about 91 % top-1 (the reference's README; not reproduced here, it takes 1000 epochs on an accelerator).
-`:small` is the same pipeline with an encoder and a length for a laptop's CPU; README.md has its measured result.
+`:small` is the same pipeline with an encoder and a length for a laptop's CPU; README.md has its measured results.
 
-The data comes from TFDS (`--config.data.dir=DIR`), or from an .npz file without TFDS
-(`--config.data.source=arrays --config.data.dir=FILE.npz`); either way all images stay on the device.
+The data comes from TFDS (DIR is its data_dir), or from an .npz file without TFDS
+(`--config.data.source=arrays --config.data.dir=FILE.npz`). In both cases all images stay on the device.
 """
 
 from simclr_jax import config, errors

@@ -1,9 +1,9 @@
-"""The built-in shapes with a small ResNet: what `make demo` runs, a few minutes on two CPU cores.
+"""Built-in shapes with a small ResNet, a few minutes on two CPU cores: what `make demo` runs.
 
-  python -m simclr_jax demo --config=configs/demo.py --workdir=runs/demo
+  simclr-jax demo --config=demo --workdir=runs/demo
 
-The recipe follows v1 with what a small data set and a short run need: larger crops (each should show a whole shape),
-and weak colour distortion with much grayscale: a copy of a shape has a colour of its own, which crops should not share.
+The recipe follows v1, with changes for a small data set and a short run: larger crops, so that each shows a whole
+shape, and weak colour distortion with frequent grayscale, since the copies of a shape in one image differ in colour.
 README.md has the measured accuracies.
 """
 

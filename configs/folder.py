@@ -1,12 +1,12 @@
-"""A folder of your own images, labelled (class sub-folders) or not, with ResNet-18 at 96 pixels.
+"""A folder of your own images, with class sub-folders or without, with ResNet-18 at 96 pixels.
 
-  python -m simclr_jax pretrain --config=configs/folder.py --config.data.dir=my/images --workdir=runs/mine
-  python -m simclr_jax linear_eval --config.checkpoint=runs/mine --workdir=runs/mine-linear
+  simclr-jax pretrain --config=folder --config.data.dir=my/images --workdir=runs/mine
+  simclr-jax linear_eval --config.checkpoint=runs/mine --workdir=runs/mine-linear
 
-With `my/images/train/CLASS/*.jpg` and `my/images/test/CLASS/*.jpg` both jobs work. For pretraining alone any folder of
-images does; add `--config.data.eval_split=` if it has class folders but no held-out ones. The recipe is the small-batch
-one of the SimCLR authors (issue 166 of google-research/simclr): square-root scaling, temperature 0.2. No accuracy is
-promised: it depends on the images.
+Both jobs work with `my/images/train/CLASS/*.jpg` and `my/images/test/CLASS/*.jpg`. Pretraining alone takes any folder
+of images; add `--config.data.eval_split=` if it has class folders but no held-out images. The recipe is the SimCLR
+authors' advice for small batches (issue 166 of google-research/simclr): square-root scaling, temperature 0.2. The
+accuracy depends on the images.
 """
 
 from simclr_jax import config

@@ -1,16 +1,16 @@
-"""ImageNet with ResNet-50 at 224: the recipes of both papers and of the reference's README.
+"""ImageNet with ResNet-50 at 224 pixels: the recipes of both papers and of the reference's README.
 
-  python -m simclr_jax pretrain --config=configs/imagenet.py:v1 --config.data.dir=DIR --workdir=runs/imagenet
-  python -m simclr_jax linear_eval --config.checkpoint=runs/imagenet --workdir=runs/imagenet-linear
+  simclr-jax pretrain --config=imagenet:v1 --config.data.dir=DIR --workdir=runs/imagenet
+  simclr-jax linear_eval --config.checkpoint=runs/imagenet --workdir=runs/imagenet-linear
 
 | variant    | recipe                                                                         | linear eval top-1 |
 | :v1        | v1 section 2.3, appendix B: 2-layer head, 1000 epochs, weight decay 1e-6       | 69.3 (v1 table 6) |
 | :v2        | v2 section 3.1: 3-layer head, 800 epochs, 0.1 * sqrt(batch), 5 % warm-up, 1e-4 | 71.1 (issue 77) * |
-| :v2_memory | the same with negatives from a memory of 65536, moving average 0.999           | 71.7 (v2 table 1) |
+| :v2_memory | the same with a queue of 65536 negatives, moving average 0.999                 | 71.7 (v2 table 1) |
 | :readme    | the reference's README: 3-layer head, 100 epochs, 0.075 * sqrt(batch), 1e-4    | 64.5              |
 
-Published figures, not reproduced here; * the authors' own run in google-research/simclr's issue 77, where a user had
-70.4. docs/memory.md says how our memory differs from theirs.
+Published figures, not reproduced here; * the authors' own run in issue 77 of google-research/simclr, where a user had
+70.4. docs/negatives.md says how the queue differs from the paper's memory.
 Time: 100 epochs took the authors about 1.5 h on 128 TPU v3 cores (v1 section 2.3).
 """
 

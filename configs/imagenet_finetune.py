@@ -1,12 +1,12 @@
 """Fine-tuning and supervised training on ImageNet: the recipes of both papers and of the reference's README.
 
-  python -m simclr_jax finetune --config=configs/imagenet_finetune.py:v2_1pct --config.checkpoint=RUN \\
+  simclr-jax finetune --config=imagenet_finetune:v2_1pct --config.checkpoint=RUN \\
     --config.data.dir=DIR --workdir=runs/imagenet-1pct
 
-RUN is a pretraining run (or a converted release, see docs/convert.md) of ResNet-50; for other encoders say so, for
-example --config.model.width=2 --config.model.sk_ratio=0.0625. The labels come from TFDS's imagenet2012_subset, whose
-images are those of the reference's lists; a folder of images takes the lists themselves (--config.data.source=folder
---config.data.name= --config.labels.ids=1percent.txt), any data set a seeded share (--config.labels.fraction=0.01).
+RUN is a pretraining run (or a converted release, see docs/convert.md) of ResNet-50; for other encoders set `model`, for
+example --config.model.width=2 --config.model.sk_ratio=0.0625. The labels are those of TFDS's imagenet2012_subset, whose
+images are the ones of the reference's lists. With a folder of images, give the list itself (--config.data.source=folder
+--config.data.name= --config.labels.ids=1percent.txt); with any data set, a share (--config.labels.fraction=0.01).
 
 | variant     | recipe                                                                           | top-1 *           |
 | :v1_1pct    | v1 B.5: momentum, 0.05 for each 256 images, batch 4096, 60 epochs                | 48.3 (v1 table 7) |
@@ -19,8 +19,8 @@ images are those of the reference's lists; a folder of images takes the lists th
 | :linear     | linear_eval as in the reference's README, decay 1e-6                             | 64.5 (100 epochs) |
 
 * Published for ResNet-50, not reproduced here. Larger networks (wider, or with selective kernels) take
---config.finetune.optimizer.base_learning_rate=0.002 in the v2 recipes (remembered from the paper, not verified).
-+ with crops and flips, 90 epochs; the length is the paper's table's, the rate the authors' (issues 10 and 83 of
+--config.finetune.optimizer.base_learning_rate=0.002 in the v2 recipes (from memory of the paper, not verified).
++ with crops and flips, 90 epochs; the length is from the paper's table, the rate from the authors (issues 10 and 83 of
 google-research/simclr).
 """
 

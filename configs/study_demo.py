@@ -1,9 +1,9 @@
-"""The built-in shapes, made so small that a cell of a study takes seconds on two CPU cores.
+"""Built-in shapes at 16 pixels, so small that a cell of a study takes seconds on two CPU cores.
 
-  python -m simclr_jax study --study=augmentations --config=configs/study_demo.py --workdir=runs/heatmap
+  simclr-jax study --study=augmentations --config=study_demo --workdir=runs/heatmap
 
-16 pixels and 2500 images: what can be learned in some 470 small steps shows differences between settings, not what
-SimCLR can do (configs/demo.py does). Nothing is measured while pretraining, and one checkpoint is written.
+With 2500 images and some 470 small steps it shows differences between settings, not what SimCLR can do (`demo` trains
+for longer). Nothing is measured while pretraining, and one checkpoint is written.
 """
 
 from simclr_jax import config

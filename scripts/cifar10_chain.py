@@ -1,9 +1,9 @@
-"""Every job once on CIFAR-10, for two CPU cores: pretrain, evaluate, fine-tune with few labels, distil, transfer.
+"""Runs every job once on CIFAR-10, for two CPU cores: pretrain, evaluate, fine-tune with few labels, distil, transfer.
 
   .venv/bin/python scripts/cifar10_chain.py --data_dir=TFDS_DIR [--runs=runs/chain]
 
-Each step is one command, printed before it runs; a chain that was stopped goes on where it was. What the runs found
-goes to results/cifar10_chain.json, with commit, commands and seconds, and a table to the terminal.
+Each step is one command, printed before it runs; the same command continues a stopped chain. Results go to
+results/cifar10_chain.json, with commit, commands and seconds, and as a table to the terminal.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmarks import measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-CONFIG = "--config=configs/cifar10.py:small"
+CONFIG = "--config=cifar10:small"
 # Crops and flips, momentum; a network that starts from nothing takes a higher rate and some decay.
 SCRATCH = ["--config.finetune.optimizer.base_learning_rate=0.2", "--config.finetune.optimizer.weight_decay=1e-4"]
 SMALL_BATCH = "--config.finetune.batch_size=64"

@@ -11,15 +11,15 @@ plan() {
   .venv/bin/python -m simclr_jax plan "$@" --config.augment.place=host --workdir="results/plans/$name"
 }
 
-r152x3sk=(--config=configs/imagenet.py:v2 --config.model.depth=152 --config.model.width=3 --config.model.sk_ratio=0.0625)
+r152x3sk=(--config=imagenet:v2 --config.model.depth=152 --config.model.width=3 --config.model.sk_ratio=0.0625)
 
-plan v3-r50 --config=configs/imagenet.py:v1 --topology=v3:8x8 --batch_sizes=4096,8192
-plan v3-r50x2 --config=configs/imagenet.py:v1 --config.model.width=2 --topology=v3:8x8
-plan v3-r50x4 --config=configs/imagenet.py:v1 --config.model.width=4 --topology=v3:8x8
+plan v3-r50 --config=imagenet:v1 --topology=v3:8x8 --batch_sizes=4096,8192
+plan v3-r50x2 --config=imagenet:v1 --config.model.width=2 --topology=v3:8x8
+plan v3-r50x4 --config=imagenet:v1 --config.model.width=4 --topology=v3:8x8
 plan v3-r152x3sk "${r152x3sk[@]}" --topology=v3:8x8
-plan v5e-r50 --config=configs/imagenet.py:v1 --topology=v5e:4x4
+plan v5e-r50 --config=imagenet:v1 --topology=v5e:4x4
 plan v5e-r152x3sk "${r152x3sk[@]}" --topology=v5e:8x8 \
   --config.sharding.parameters=sharded --config.model.remat=blocks --config.micro_batches=4
-plan v5p-r50-8192 --config=configs/imagenet.py:v1 --topology=v5p:1x1x1 \
+plan v5p-r50-8192 --config=imagenet:v1 --topology=v5p:1x1x1 \
   --config.batch_size=8192 --config.micro_batches=16
 .venv/bin/python scripts/plans_table.py

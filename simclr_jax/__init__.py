@@ -19,10 +19,8 @@ __all__ = ["__version__", "load_config", "load_encoder", "run"]
 def load_config(name_or_path: str, **overrides: Any) -> "ml_collections.ConfigDict":
   """Returns the locked config of an experiment.
 
-  Args:
-    name_or_path: a bundled experiment (`cifar10`), or a Python file, with a variant after a colon (`imagenet:v1`).
-    **overrides: keys by name (`batch_size=64`), dotted (`**{"loss.temperature": 0.5}`) or nested
-      (`loss={"temperature": 0.5}`).
+  It is a bundled one (`cifar10`) or a Python file, with a variant after a colon (`imagenet:v1`). Keys are overridden by
+  name (`batch_size=64`), dotted (`**{"loss.temperature": 0.5}`) or nested (`loss={"temperature": 0.5}`).
 
   Raises:
     UserError: there is no such experiment or key, or a value is not of its key's type.
@@ -64,10 +62,7 @@ def load_encoder(path: str) -> "tuple[Callable[[np.ndarray], np.ndarray], ml_col
   """Returns (encode, config) of the checkpoint at `path`.
 
   `encode` turns images u8 or f32 in [0, 1] [N, H, W, 3] into features f32[N, D]; H and W should be the config's
-  `data.image_size`. `config` is the training run's, as a ConfigDict.
-
-  Args:
-    path: a run's workdir, or one of its checkpoints/STEP folders.
+  `data.image_size`. `config` is the training run's, `path` its workdir or one of its checkpoints/STEP folders.
 
   Raises:
     UserError: there is no checkpoint, or it does not fit its config.

@@ -38,30 +38,29 @@ Exit codes: 0 done, 2 a mistake in the input, 143 stopped by SIGTERM with the st
 
 
 class Option(NamedTuple):
-  """An option of a job: its name, its value's text -> value, and one line of help."""
+  """An option: its name, its help, its value's text -> value, and what it is worth without one (None: it needs one)."""
 
   name: str
-  convert: Callable[[str], Any]
   help: str
+  convert: Callable[[str], Any] = str
+  bare: str | None = None
 
 
-def _switch(name: str) -> Callable[[str], bool]:
-  """Returns the converter of an option that is on when it is given without a value."""
-  convert = lambda text: numbers.parsed(f"--{name}", text, _flag, lambda _: True, "no value")
-  convert.is_switch = True
-  return convert
+def _number(name: str, kind: type, valid: Callable[[Any], bool], wanted: str, text: str) -> Option:
+  return Option(name, text, lambda value: numbers.parsed(f"--{name}", value, kind, valid, wanted))
 
 
-def _flag(text: str) -> bool:
-  return {"true": True, "false": False}[text] if text in ("true", "false") else int("x")
+def _switch(name: str, text: str) -> Option:
+  def convert(value):
+    if value not in ("true", "false"):
+      raise errors.UserError(f"--{name}={value}; give --{name} alone, or leave it out.")
+    return value == "true"
+
+  return Option(name, text, convert, bare="true")
 
 
-def _number(name: str, kind: type, valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-  return lambda text: numbers.parsed(f"--{name}", text, kind, valid, wanted)
-
-
-def _sizes(name: str, least: int) -> Callable[[str], tuple[int, ...]]:
-  return lambda text: tuple(numbers.integers(f"--{name}", text, least=least)) if text else ()
+def _sizes(name: str, least: int, text: str) -> Option:
+  return Option(name, text, lambda value: tuple(numbers.integers(f"--{name}", value, least=least)) if value else ())
 
 
 def _profiled_steps(text: str) -> tuple[int, int] | None:
@@ -71,68 +70,61 @@ def _profiled_steps(text: str) -> tuple[int, int] | None:
   return (int(parts[0]), int(parts[1])) if parts else None
 
 
-def _workdir(text: str) -> str:
+def _given(text: str) -> str:
   if not text:
-    raise errors.UserError("option --workdir needs a value: --workdir=DIR.")
+    raise errors.UserError("option --config needs a value: --config=VALUE.")
   return text
 
 
-_PROFILE = Option("profile_steps", _profiled_steps, "FIRST,LAST: steps of a profiler trace")
-_MFU = Option("mfu", _number("mfu", float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1"),
-              "share of the chip's peak that the training is expected to reach")  # fmt: skip
+_PROFILE = Option("profile_steps", "FIRST,LAST: steps of a profiler trace", _profiled_steps)
+_MFU = _number(
+  "mfu", float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1", "expected share of the peak"
+)
+_LAYER = "0, 1, ... or -1 for the last one"
 
 # The options of each job beside those that all have.
 OPTIONS: dict[str, tuple[Option, ...]] = {
   "pretrain": (
     _PROFILE,
-    Option("profile_input", _switch("profile_input"), "time the input pipeline alone"),
-    Option("chip", str, "with --profile_input: the chip to be fed, such as v5e"),
+    _switch("profile_input", "time the input pipeline alone"),
+    Option("chip", "with --profile_input: the chip to be fed, such as v5e"),
     _MFU,
   ),
-  "linear_eval": (_PROFILE,),
-  "finetune": (_PROFILE,),
-  "distill": (_PROFILE,),
+  **dict.fromkeys(("linear_eval", "finetune", "distill"), (_PROFILE,)),
   "study": (
-    Option("study", str, "which grid"),
-    Option("rows", str, "a part of the grid's rows"),
-    Option("columns", str, "a part of the grid's columns"),
-    Option("evaluation", str, "linear, reference or knn"),
+    Option("study", "which grid"),
+    Option("rows", "a part of the grid's rows"),
+    Option("columns", "a part of the grid's columns"),
+    Option("evaluation", "linear, reference or knn"),
   ),
   "convert": (
-    Option("source", str, "checkpoint, hub module or SavedModel of the reference"),
-    Option("ema", _switch("ema"), "take the moving averages of the weights"),
-    Option(
-      "classifier_layer",
-      _number("classifier_layer", int, lambda x: x >= -1, "0, 1, ... or -1 for the last one"),
-      "layer that the classifier reads",
-    ),
-    Option("image_size", _number("image_size", int, lambda x: x > 0, "pixels"), "pixels, for the config"),
+    Option("source", "checkpoint, hub module or SavedModel of the reference"),
+    _switch("ema", "take the moving averages of the weights"),
+    _number("classifier_layer", int, lambda x: x >= -1, _LAYER, "layer that the classifier reads"),
+    _number("image_size", int, lambda x: x > 0, "pixels", "pixels, for the config"),
   ),
   "plan": (
-    Option("topology", str, "NAME:SHAPE of a TPU, such as v3:8x8"),
-    Option("devices", _number("devices", int, lambda x: x > 0, "a number of devices"), "take the first N devices"),
-    Option("batch_sizes", _sizes("batch_sizes", 1), "plan for each of them"),
+    Option("topology", "NAME:SHAPE of a TPU, such as v3:8x8"),
+    _number("devices", int, lambda x: x > 0, "a number of devices", "take the first N devices"),
+    _sizes("batch_sizes", 1, "plan for each of them"),
     _MFU,
   ),
   "bench": (
-    Option("only", lambda text: tuple(text.split(",")) if text else (), "sections, with commas between"),
-    Option("sizes", _sizes("sizes", 2), "batch sizes of the loss"),
-    Option("data_dir", str, "TFDS folder with imagenet2012"),
-    Option("rounds", _number("rounds", int, lambda x: 1 <= x < 1e9, "a number from 1, such as 5"), "of the medians"),
-    Option("gpu", _switch("gpu"), "the sections for one accelerator"),
-    Option("small", _switch("small"), "try the --gpu sections on a tiny network"),
-    Option("batches", _sizes("batches", 2), "batch sizes of ResNet-50"),
-    Option("npz", str, "CIFAR-10 in one file"),
-    Option("epochs", _number("epochs", float, lambda x: 0 <= x < 1e9, "a number from 0, such as 200"), "of CIFAR-10"),
-    Option("steps", _number("steps", int, lambda x: 0 <= x < 1e9, "a number from 0, such as 100"), "of CIFAR-10"),
+    Option("only", "sections, with commas between", lambda text: tuple(text.split(",")) if text else ()),
+    _sizes("sizes", 2, "batch sizes of the loss"),
+    Option("data_dir", "TFDS folder with imagenet2012"),
+    _number("rounds", int, lambda x: 1 <= x < 1e9, "a number from 1, such as 5", "of the medians"),
+    _switch("gpu", "the sections for one accelerator"),
+    _switch("small", "try the --gpu sections on a tiny network"),
+    _sizes("batches", 2, "batch sizes of ResNet-50"),
+    Option("npz", "CIFAR-10 in one file"),
+    _number("epochs", float, lambda x: 0 <= x < 1e9, "a number from 0, such as 200", "of CIFAR-10"),
+    _number("steps", int, lambda x: 0 <= x < 1e9, "a number from 0, such as 100", "of CIFAR-10"),
   ),
 }
 SHARED = (
-  Option("config", str, argparse.SUPPRESS),
-  Option("workdir", _workdir, argparse.SUPPRESS),
-  Option("coordinator", str, argparse.SUPPRESS),
-  Option("processes", str, argparse.SUPPRESS),
-  Option("process", str, argparse.SUPPRESS),
+  Option("config", argparse.SUPPRESS, _given),
+  *(Option(name, argparse.SUPPRESS) for name in ("workdir", "coordinator", "processes", "process")),
 )
 # Commands that run no job, and their help.
 OTHERS = {
@@ -144,22 +136,22 @@ OTHERS = {
 class _Store(argparse.Action):
   """Stores an option's value, converted; a mistake in it is a UserError rather than argparse's own exit."""
 
-  def __init__(self, option_strings, dest, convert, **keys):
+  def __init__(self, option_strings, dest, option, **keys):
     super().__init__(option_strings, dest, nargs="?", **keys)
-    self._convert = convert
+    self._option = option
 
   def __call__(self, parser, namespace, values, option_string=None):
+    values = self._option.bare if values is None else values
     if values is None:
-      if not getattr(self._convert, "is_switch", False):
-        raise errors.UserError(f"option {option_string} needs a value: {option_string}=VALUE.")
-      values = "true"
-    if values == "" and self.dest == "config":
-      raise errors.UserError("option --config needs a value: --config=VALUE.")
-    setattr(namespace, self.dest, self._convert(values))
+      raise errors.UserError(f"option {option_string} needs a value: {option_string}=VALUE.")
+    setattr(namespace, self.dest, self._option.convert(values))
+
+
+_FORMATTER = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=20, width=120)
 
 
 class _Parser(argparse.ArgumentParser):
-  def error(self, message):
+  def error(self, message: str) -> None:
     raise errors.UserError(f"{message}; see --help.")
 
 
@@ -192,7 +184,7 @@ def entry() -> None:
 
 def _run(argv: list[str]) -> int:
   if not argv or argv[0] in ("--help", "-h", "help"):
-    print(_parser().format_help(), end="")
+    print(_parsers()[0].format_help())
     return 0
   name = argv[0]
   if name == "--version":
@@ -202,14 +194,15 @@ def _run(argv: list[str]) -> int:
   if name not in known:
     raise errors.UserError(f"unknown job {name!r}{errors.nearest(name, known)}; the jobs are {', '.join(jobs.JOBS)}.")
   if "--help" in argv or "-h" in argv:
-    print(_parser_of(name).format_help(), end="")
+    print(_parsers()[1][name].format_help())
     return 0
   options, overrides = parse(name, argv[1:])
   if name == "configs":
     print("\n".join(f"{stem:<20}{config_lib.summary(path)}" for stem, path in config_lib.bundled().items()))
     return 0
   if name == "config":
-    print(config_lib.described(_config(options, overrides) if options or overrides else config_lib.defaults()))
+    config = config_lib.load(options.get("config", ""), overrides) if options or overrides else config_lib.defaults()
+    print(config_lib.described(config))
     return 0
   return _run_job(name, options, overrides)
 
@@ -221,12 +214,9 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> i
     jax.config.update("jax_platforms", "cpu")
   # Before a checkpoint's config is read, because that uses the devices.
   _join(shared)
-  config = None
-  if name in jobs.WITHOUT_CONFIG:
-    if "config" in shared or overrides:
-      raise errors.UserError(f"{name} takes no --config; see --help.")
-  else:
-    config = _config(shared, overrides)
+  if name in jobs.WITHOUT_CONFIG and ("config" in shared or overrides):
+    raise errors.UserError(f"{name} takes no --config; see --help.")
+  config = None if name in jobs.WITHOUT_CONFIG else config_lib.load(shared.get("config", ""), overrides)
   workdir = shared.get("workdir") or DEFAULT_WORKDIR.get(name, "")
   if not workdir and "profile_input" not in options:
     raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
@@ -234,16 +224,8 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> i
   return 0
 
 
-def _config(options: dict[str, Any], overrides: dict[str, str]) -> Any:
-  return config_lib.load(options.get("config", ""), overrides)
-
-
 def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-  """Returns (the options of a command that are given, by name; overrides of the config by dotted key).
-
-  Args:
-    name: of the command.
-    args: what follows it.
+  """Returns (the options of a command that `args` give, by name; overrides of the config by dotted key).
 
   Raises:
     UserError: an argument is not of the form that the help shows.
@@ -256,7 +238,7 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
       overrides[option.removeprefix("--config.")] = value if has_value else "true"
     else:
       rest.append(arg)
-  options, unknown = _parser_of(name).parse_known_args(rest)
+  options, unknown = _parsers()[1][name].parse_known_args(rest)
   for arg in unknown:
     option = arg.removeprefix("--").partition("=")[0]
     if not arg.startswith("--"):
@@ -266,51 +248,30 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
   return vars(options), overrides
 
 
-def _parser() -> argparse.ArgumentParser:
-  """Returns the parser of all commands; each has a subparser."""
-  parser = _Parser(
-    prog="simclr-jax",
-    description="SimCLR in JAX.",
-    epilog=f"options of all jobs:\n{USAGE}",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    usage="simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
-    add_help=False,
-  )
-  commands = parser.add_subparsers(title="jobs", metavar="", parser_class=_Parser)
-  for name in jobs.JOBS:
-    _add(commands, name, _doc(name).splitlines()[0].partition(": ")[2])
-  for name, text in OTHERS.items():
-    _add(commands, name, text)
-  return parser
-
-
 @functools.cache
-def _parser_of(name: str) -> argparse.ArgumentParser:
-  doc = f"{name}: {OTHERS[name]}." if name in OTHERS else _doc(name)
-  parser = _Parser(
-    prog=f"simclr-jax {name}",
-    description=doc,
-    epilog=f"options of all jobs:\n{USAGE}",
-    usage=f"simclr-jax {name} --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    add_help=False,
-    allow_abbrev=False,
-    argument_default=argparse.SUPPRESS,
-  )
-  _add_options(parser, name)
-  return parser
-
-
-def _add(commands: Any, name: str, text: str) -> None:
-  _add_options(commands.add_parser(name, help=text, add_help=False, allow_abbrev=False), name)
-
-
-def _add_options(parser: argparse.ArgumentParser, name: str) -> None:
-  group = parser.add_argument_group("options of this job")
-  for option in (*OPTIONS.get(name, ()), *SHARED):
-    group.add_argument(
-      f"--{option.name}", action=_Store, convert=option.convert, help=option.help, metavar="VALUE", dest=option.name
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+  """Returns the parser of the command line, and that of each command by name."""
+  shared = {"epilog": f"options of all jobs:\n{USAGE}", "formatter_class": _FORMATTER, "add_help": False}
+  usage = "simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR"
+  parser = _Parser(prog="simclr-jax", description="SimCLR in JAX.", usage=usage, **shared)
+  commands = parser.add_subparsers(title="jobs", metavar="JOB")
+  for name in (*jobs.JOBS, *OTHERS):
+    doc = f"{name}: {OTHERS[name]}." if name in OTHERS else _doc(name)
+    arguments = "" if name == "configs" else " --config=NAME[:VARIANT] [--config.KEY=VALUE ...]"
+    arguments += "" if name in OTHERS else " --workdir=DIR"
+    command = commands.add_parser(
+      name,
+      help=OTHERS.get(name) or doc.splitlines()[0].partition(": ")[2],
+      description=doc,
+      usage=f"simclr-jax {name}{arguments}",
+      allow_abbrev=False,
+      argument_default=argparse.SUPPRESS,
+      **shared,
     )
+    group = command.add_argument_group("options of this job")
+    for option in (*OPTIONS.get(name, ()), *SHARED):
+      group.add_argument(f"--{option.name}", action=_Store, option=option, help=option.help, metavar="VALUE")
+  return parser, commands.choices
 
 
 def _join(options: dict[str, str]) -> None:

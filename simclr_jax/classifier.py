@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from simclr_jax import experiment, figures, optim
@@ -18,46 +17,25 @@ from simclr_jax.training import loop, objectives, telemetry
 from simclr_jax.training import state as state_lib
 
 
-def no_constants() -> tuple[Any, ...]:
-  """Returns no arrays: the step needs the batch alone."""
-  return ()
-
-
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a job trains on its recipe.
-
-  Attributes:
-    train: the images to learn from.
-    held_out: the images to count on, with labels.
-    classes: of the classifier.
-    layer: of the projection head, which feeds the classifier; 0 is the encoder's h, which needs no such head.
-    after_stage: stages of the encoder up to this one are frozen; -1 none, see `simclr.Classifier`.
-    frozen_head: whether the projection head is frozen too.
-    objective: a `Classification`, or a subclass, but for model, decay and prepare.
-    constants: makes the arrays of the step that no step changes, once everything else is known to fit.
-    about: what `result.json` says beside the accuracies.
-  """
+  """What a job trains on its recipe."""
 
   train: source.Source
-  held_out: source.Source
+  held_out: source.Source  # The images to count on, with labels.
   classes: int
-  layer: int
-  after_stage: int = -1
-  frozen_head: bool = False
+  layer: int  # Of the projection head, which feeds the classifier; 0 is the encoder's h, which needs no such head.
+  after_stage: int = -1  # Stages of the encoder up to this one are frozen; -1 none.
+  frozen_head: bool = False  # Whether the projection head is frozen too.
+  # (model, decay, prepare) -> a `Classification`, or a subclass.
   objective: Callable[..., objectives.Classification] = objectives.Classification
-  constants: Callable[[], tuple[Any, ...]] = no_constants
-  about: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # Makes the arrays of the step that no step changes, once everything else is known to fit.
+  constants: Callable[[], tuple[Any, ...]] = tuple
+  about: dict[str, Any] = dataclasses.field(default_factory=dict)  # For `result.json`, beside the accuracies.
 
 
 def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, int] | None = None) -> dict[str, Any]:
-  """Trains what `config.checkpoint` names by the job's recipe; returns (and writes to `result.json`) accuracies.
-
-  Args:
-    run: the job's.
-    task: what it trains.
-    profile_steps: see `loop.Run`.
-  """
+  """Trains what `config.checkpoint` names by the job's recipe; returns (and writes to `result.json`) accuracies."""
   saved = run.saved(head=bool(task.layer)) if run.is_pretrained else None
   # The reference starts the classifier at zero only on top of weights that were loaded.
   head = run.network.linear_head(task.classes, zero_init=run.recipe.zero_init and bool(run.config.checkpoint))
@@ -92,11 +70,8 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
 
 def flops_of_image(run: experiment.Experiment, model: simclr.Classifier, state: state_lib.TrainState) -> int:
   """Returns the model FLOPs of a step for each image: three forward passes of what learns, one of what is frozen."""
-  size = run.config.data.image_size
-  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
   learning = {tuple(path[:-1]) for path in optim.leaf_names(simclr.trained_part(model, state.params))}
-  layers = cost.flops_by_module(model, variables, image, train=False)
+  layers = cost.flops_by_module(model, state.variables, run.network.images(1), train=False)
   return sum(flops * (3 if path in learning else 1) for path, flops in layers.items())
 
 
@@ -116,8 +91,7 @@ def _held_out_accuracy(run, model, held_out) -> loop.Evaluate:
     return model.apply({**variables, "params": gather_params(variables["params"])}, images, train=False)
 
   def evaluate(state):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return {f"eval/{name}": v for name, v in scores.accuracy(logits_of, variables, rows(), run.mesh).items()}
+    return {f"eval/{name}": v for name, v in scores.accuracy(logits_of, state.variables, rows(), run.mesh).items()}
 
   return evaluate
 

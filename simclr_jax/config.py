@@ -37,9 +37,8 @@ def defaults() -> ml_collections.ConfigDict:
 def load(name_or_path: str = "", overrides: Mapping[str, Any] = {}) -> ml_collections.ConfigDict:  # noqa: B006
   """Returns the locked, checked config of an experiment, or of the checkpoint that `overrides` names.
 
-  Args:
-    name_or_path: see `read`; "" for the config that the checkpoint `checkpoint` (or `distill.teacher`) carries.
-    overrides: dotted key -> value, or its text.
+  `name_or_path` is that of `read`; "" takes the config that the checkpoint `checkpoint` (or `distill.teacher`) carries.
+  `overrides` maps dotted keys to values, or to their text.
 
   Raises:
     UserError: the file cannot be read, or an override does not fit a key.
@@ -78,7 +77,7 @@ def read(name_or_path: str) -> ml_collections.ConfigDict:
       beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() and path.suffix else []
       names = [*known, *beside]
       raise errors.UserError(
-        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names)}; bundled are "
+        f"config {name} does not exist{errors.nearest(path.name if path.suffix else name, names) or ';'} bundled are "
         f"{', '.join(known)}" + (f", and {path.parent} has {', '.join(beside)}." if beside else ".")
       )
     path = known[stem]
@@ -171,7 +170,7 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     if first:
       raise errors.UserError(f"config.{name} is a section; set one of its keys, such as config.{first}.")
     raise errors.UserError(
-      f"unknown config key {name!r}{_nearest_key(name, known)}; `simclr-jax config` lists all keys."
+      f"unknown config key {name!r}{_nearest_key(name, known) or ';'} `simclr-jax config` lists all keys."
     )
   section, _, leaf = name.rpartition(".")
   holder = get_key(config, section) if section else config
@@ -194,12 +193,9 @@ FREE = tuple(name for name, key in KEYS.items() if key.is_free)
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
-  """Returns the first dotted key in which two runs' plain configs differ, or "".
+  """Returns the first dotted key in which two runs' plain configs differ, or ""; those in `free` may differ.
 
-  Args:
-    ours: of the run that is asked for.
-    theirs: a stored one, which may lack younger keys.
-    free: keys that may differ.
+  `theirs` is a stored one, which may lack younger keys.
   """
   ours, theirs = flat(ours), flat(completed(theirs).to_dict())
   differing = (n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n) and n not in free)
@@ -207,24 +203,17 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[s
 
 
 def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ...] = FREE) -> None:
-  """Writes `workdir/config.json`, or checks that it already holds this very run.
-
-  Args:
-    workdir: the run's folder; made if missing.
-    config: plain nested dict.
-    job: name of the job, part of the identity.
-    free: keys that may change between restarts of one run.
+  """Writes `workdir/config.json`, or checks that it already holds this very run: its job and its plain nested config.
 
   Raises:
-    UserError: the folder holds another run; names the first key that differs.
+    UserError: the folder holds another run; names the first key, not among `free`, that differs.
   """
   path = epath.Path(workdir) / "config.json"
   if path.exists():
     stored = json.loads(path.read_text())
-    theirs = {"job": stored["job"], **stored["config"]}
-    name = difference({"job": job, **config}, theirs, free)
-    if name:
-      was, now = (flat(tree).get(name) for tree in (theirs, {"job": job, **config}))
+    ours, theirs = {"job": job, **config}, {"job": stored["job"], **stored["config"]}
+    if name := difference(ours, theirs, free):
+      was, now = (flat(tree).get(name) for tree in (theirs, ours))
       raise errors.UserError(
         f"workdir {workdir} holds another run: {name} was {was!r}, now is {now!r}; "
         "choose another --workdir or repeat that run's command."

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -38,16 +37,7 @@ class Optimizer(NamedTuple):
 
 
 class Experiment:
-  """One run of a job.
-
-  Attributes:
-    config: the run's.
-    job: its name.
-    workdir: its folder; "" for none.
-    network: encoder and heads.
-    recipe: the section that has batch size, length and optimizer: the whole config for pretrain and for jobs without.
-    mesh: the devices, once the batch sizes are known to fit them.
-  """
+  """One run of a job: its `config`, its name `job` and its folder `workdir` ("" for none)."""
 
   def __init__(
     self, config: ml_collections.ConfigDict, job: str, workdir: str = "", *, devices: list[jax.Device] | None = None
@@ -56,14 +46,14 @@ class Experiment:
     self.config, self.job, self.workdir = config, job, workdir
     self.network = network.Network(config)
     self._section = f"{job}." if job in RECIPES else ""
+    # What has batch size, length and optimizer: the whole config for pretrain and for jobs without.
     self.recipe = config[job] if job in RECIPES else config
     config_lib.check(config)
     self.mesh = sharding.data_mesh(devices)
-    sizes = [("eval_batch_size", config.eval_batch_size, 1)]
     if self._section or job in ("pretrain", "plan"):
-      sizes.insert(0, (f"{self._section}batch_size", self.recipe.batch_size, self.recipe.micro_batches))
-    for key, size, parts in sizes:
-      sharding.check_divisible(size, self.mesh, micro_batches=parts, name=f"config.{key}")
+      name, parts = f"config.{self._section}batch_size", self.recipe.micro_batches
+      sharding.check_divisible(self.recipe.batch_size, self.mesh, micro_batches=parts, name=name)
+    sharding.check_divisible(config.eval_batch_size, self.mesh, name="config.eval_batch_size")
     self._distortion(config.augment.min_area)
 
   @property
@@ -93,17 +83,9 @@ class Experiment:
       )
     if not data.resident:
       sources.check_tensorflow(data.source)
-    request = source.Request(
-      split,
-      name=data.name,
-      data_dir=data.dir,
-      image_size=data.image_size,
-      cache=data.cache,
-      max_bad_share=data.max_bad_share,
-      num_examples=data.examples,
-      seed=self.config.seed,
-    )
-    images = sources.load(data.source, request)
+    keys = {"cache": data.cache, "max_bad_share": data.max_bad_share, "num_examples": data.examples}
+    keys |= {"name": data.name, "data_dir": data.dir, "image_size": data.image_size, "seed": self.config.seed}
+    images = sources.load(data.source, source.Request(split, **keys))
     return images.decoded() if data.resident else images
 
   @functools.cached_property
@@ -187,16 +169,10 @@ class Experiment:
     )
 
   def _distortion(self, min_area: float, max_area: float = 0.0) -> Distortion:
-    keys = self.config.augment
+    keys, size = self.config.augment, self.config.data.image_size
     colors = ("color_strength", "brightness", "color_probability", "grayscale_probability", "blur_probability")
-    return Distortion(
-      self.config.data.image_size,
-      min_area=min_area,
-      max_area=max_area or keys.max_area,
-      flip=keys.flip,
-      resize=keys.resize,
-      **{name: keys[name] for name in colors},
-    )
+    same = {name: keys[name] for name in ("flip", "resize", *colors)}
+    return Distortion(size, min_area=min_area, max_area=max_area or keys.max_area, **same)
 
   # The training.
 
@@ -229,18 +205,8 @@ class Experiment:
     """Returns what `config.loss` makes of a batch."""
     keys, memory = self.config.loss, self.config.memory
     negatives.check(memory.size, memory.decay, batch_size=self.config.batch_size, kind=keys.kind)
-    return objectives.Contrastive(
-      model,
-      self.decay,
-      kind=keys.kind,
-      temperature=keys.temperature,
-      normalize=keys.normalize,
-      scale=keys.scale,
-      margin=keys.margin,
-      queue_decay=memory.decay,
-      prepare=prepare,
-      mesh=self.mesh,
-    )
+    same = {name: keys[name] for name in ("kind", "temperature", "normalize", "scale", "margin")}
+    return objectives.Contrastive(model, self.decay, prepare, queue_decay=memory.decay, mesh=self.mesh, **same)
 
   def step(self, objective: objectives.Objective, optimizer: Optimizer) -> Callable:
     """Returns `train_step` as (state, batch, *constants) -> (state, metrics), not jitted yet."""
@@ -265,10 +231,8 @@ class Experiment:
   def _with_queue(self, model, state, make):
     if not self.config.memory.size:
       return state
-    size = self.config.data.image_size
-    views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    embedding = jax.eval_shape(lambda v, x: model.apply(v, x, train=False)[1], variables, views)
+    embed = lambda variables, views: model.apply(variables, views, train=False)[1]
+    embedding = jax.eval_shape(embed, state.variables, self.network.images(2))
     return state.replace(memory=make(state.params, embedding, self.config.memory.size))
 
   def run(
@@ -284,7 +248,9 @@ class Experiment:
   ) -> loop.Run:
     """Returns what the loop needs, once the workdir is known to be this run's."""
     self.claim()
-    config, every = self.config, functools.partial(_every, examples=examples, batch_size=self.recipe.batch_size)
+    config, batch_size = self.config, self.recipe.batch_size
+    # Intervals in steps: 0 for 0 epochs, else at least one step.
+    every = lambda epochs: max(1, round(epochs * round(examples / batch_size))) if epochs else 0
     checkpoints = checkpoint.Checkpoints(
       self.workdir,
       config.to_dict(),
@@ -294,11 +260,7 @@ class Experiment:
       classifier_layer=classifier_layer,
     )
     return loop.Run(
-      self.workdir,
-      optimizer.total_steps,
-      self.recipe.batch_size,
-      checkpoints,
-      config.log_every_steps,
+      *(self.workdir, optimizer.total_steps, batch_size, checkpoints, config.log_every_steps),
       title=self.job,
       shown=objective.shown,
       flops_per_step=flops_per_step,
@@ -319,11 +281,7 @@ class Experiment:
     return config_lib.names_run(self.config.checkpoint)
 
   def saved(self, *, head: bool = False) -> checkpoint.Saved:
-    """Returns the checkpoint that `config.checkpoint` names, once its network is known to be the config's.
-
-    Args:
-      head: whether the projection head must be the same too.
-    """
+    """Returns the checkpoint that `config.checkpoint` names, once its network (with `head`, its head too) is ours."""
     found = checkpoint.open(self.config.checkpoint)
     ours, theirs = self.config.to_dict(), config_lib.completed(found.config).to_dict()
     # Precision and rematerialisation are the reader's choice; the arrays are the same.
@@ -345,8 +303,3 @@ def is_finished(workdir: str, config: ml_collections.ConfigDict) -> bool:
     return False
   stored = json.loads((folder / "config.json").read_text())["config"]
   return not config_lib.difference(config.to_dict(), stored)
-
-
-def _every(epochs: float, *, examples: int, batch_size: int) -> int:
-  """Returns an interval in steps: 0 for 0 epochs, else at least one step."""
-  return max(1, round(epochs * round(examples / batch_size))) if epochs else 0

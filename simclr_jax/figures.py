@@ -22,13 +22,7 @@ COLUMNS = 3  # Panels of curves per row.
 
 
 def view_pairs(views: np.ndarray, path: str, *, pairs: int = PAIRS) -> None:
-  """Draws image pairs as the network sees them, one pair per column.
-
-  Args:
-    views: f32[N, 2, H, W, 3] in [0, 1], or uint8.
-    path: of the PNG.
-    pairs: maximal number of pairs.
-  """
+  """Draws at most `pairs` image pairs f32[N, 2, H, W, 3] in [0, 1], or uint8, as the network sees them, in columns."""
   views = np.asarray(views[:pairs])
   figure, axes = plt.subplots(2, len(views), figsize=(1.1 * len(views), 2.6), squeeze=False)
   for column, pair in enumerate(views):
@@ -46,11 +40,7 @@ def curves(
 ) -> None:
   """Draws metrics over steps, one panel per quantity.
 
-  Args:
-    rows: metric rows, each with `step`.
-    panels: heading -> {metric name: label}.
-    path: of the PNG.
-    title: above the panels.
+  `rows` are metric rows, each with `step`; `panels` is heading -> {metric name: label}.
   """
   columns = min(len(panels), COLUMNS)
   rows_of_panels = -(-len(panels) // columns)
@@ -75,16 +65,7 @@ def curves(
 def embedding_map(
   features: np.ndarray, labels: np.ndarray, names: Sequence[str], path: str, *, title: str, seed: int = 0
 ) -> None:
-  """Draws a t-SNE map of features, coloured by class.
-
-  Args:
-    features: f32[N, D].
-    labels: i32[N].
-    names: class names in the order of the labels.
-    path: of the PNG.
-    title: above the map.
-    seed: of t-SNE.
-  """
+  """Draws a t-SNE map of features f32[N, D], coloured by their labels i32[N]; `names` are those of the classes."""
   x = np.asarray(features, np.float32)
   labels = np.asarray(labels)
   # PCA first: distances in 30 dimensions are less noisy, and t-SNE takes seconds instead of minutes.
@@ -114,13 +95,7 @@ def heat_maps(
 ) -> None:
   """Draws tables of percentages as coloured cells with numbers and a column of row averages; missing cells are grey.
 
-  Args:
-    panels: heading -> {(row, column): %, or None if missing}.
-    rows, columns: labels in order.
-    path: of the PNG.
-    title: above the panels.
-    unit: of the numbers.
-    axes: names of rows and columns.
+  `panels` is heading -> {(row, column): %, or None if missing}; `axes` are the names of rows and columns.
   """
   size = (1.05 * (len(columns) + 2.6) * len(panels), 0.72 * len(rows) + 2.0)
   figure, drawn = plt.subplots(1, len(panels), figsize=size, squeeze=False)
@@ -152,12 +127,7 @@ def heat_maps(
 def bars(panels: Mapping[str, Mapping[str, float | None]], path: str, *, title: str, unit: str, axis_name: str) -> None:
   """Draws one bar with its number per setting; a missing setting keeps its place.
 
-  Args:
-    panels: heading -> {setting: %, or None if missing}; the first panel is in colour, the others (published) are grey.
-    path: of the PNG.
-    title: above the panels.
-    unit: of the numbers.
-    axis_name: of the settings.
+  `panels` is heading -> {setting: %, or None if missing}; the first one is in colour, the others (published) are grey.
   """
   most = max(len(values) for values in panels.values())
   figure, axes = plt.subplots(1, len(panels), figsize=((0.95 * most + 1.5) * len(panels), 4.4), squeeze=False)
@@ -184,13 +154,8 @@ def lines(
 ) -> None:
   """Draws lines over a logarithmic axis.
 
-  Args:
-    panels: heading -> {(line, variant): {x: %, or None if missing}}; the variants of a line have the same colour.
-    path: of the PNG.
-    title: above the panels.
-    unit: of the numbers.
-    axis_name: of x.
-    legend: name of the setting that differs between lines.
+  `panels` is heading -> {(line, variant): {x: %, or None if missing}}; the variants of a line have the same colour.
+  `axis_name` is that of x, `legend` that of the setting which differs between lines.
   """
   figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.8), squeeze=False)
   for axis, (heading, families) in zip(axes[0], panels.items(), strict=True):

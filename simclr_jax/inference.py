@@ -52,26 +52,15 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
 
 
 class Representation(NamedTuple):
-  """A frozen network, as far as a layer of the projection head.
+  """A frozen network, as far as a layer of the projection head."""
 
-  Attributes:
-    encode: (variables, images f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, D].
-    variables: its own.
-    layer: whose output it gives; 0 is the encoder's h.
-  """
-
-  encode: Callable[[Variables, jax.Array], jax.Array]
+  encode: Callable[[Variables, jax.Array], jax.Array]  # (variables, f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, D].
   variables: Variables
-  layer: int
+  layer: int  # Whose output it gives; 0 is the encoder's h.
 
 
 def representation(run: experiment.Experiment, mesh: jax.sharding.Mesh | None = None) -> Representation:
-  """Returns what `config.checkpoint` (or `random`) and `config.head.evaluate_from` name.
-
-  Args:
-    run: the job's.
-    mesh: where the variables go; the run's by default.
-  """
+  """Returns what `config.checkpoint` (or `random`) and `config.head.evaluate_from` name, placed on a mesh."""
   config, mesh = run.config, mesh or run.mesh
   if not config.checkpoint:
     raise errors.UserError(
@@ -99,19 +88,12 @@ def of_split(frozen: Representation, run: experiment.Experiment, images: Any) ->
 
 
 class Classifier(NamedTuple):
-  """A network with a classifier, replicated, in inference mode.
+  """A network with a classifier, replicated, in inference mode."""
 
-  Attributes:
-    logits_of: (variables, images f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, K].
-    variables: its own.
-    classes: K.
-    config: of the run that trained it.
-  """
-
-  logits_of: Callable[[Variables, jax.Array], jax.Array]
+  logits_of: Callable[[Variables, jax.Array], jax.Array]  # (variables, f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, K].
   variables: Variables
   classes: int
-  config: ml_collections.ConfigDict
+  config: ml_collections.ConfigDict  # Of the run that trained it.
 
 
 def classifier(path: str, mesh: jax.sharding.Mesh) -> Classifier:

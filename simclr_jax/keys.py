@@ -17,22 +17,15 @@ Value = bool | int | float | str
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """One key of the configuration.
+  """One key of the configuration."""
 
-  Attributes:
-    default: its value where an experiment does not set it; its type is the key's.
-    meaning: one line for people.
-    choices: the values that there are; empty where any value of the type is one. A table is looked up when a value
-      is checked, so that entries which are added later count.
-    is_path: whether it names a file or folder; relative paths are made absolute when they are typed.
-    is_free: whether it may change when a run continues, because no result depends on it.
-  """
-
-  default: Value
-  meaning: str
+  default: Value  # Its value where an experiment does not set it; its type is the key's.
+  meaning: str  # One line for people.
+  # The values that there are; empty where any value of the type is one. A table is looked up when a value is checked,
+  # so that entries which are added later count.
   choices: Collection[str] = ()
-  is_path: bool = False
-  is_free: bool = False
+  is_path: bool = False  # Names a file or folder; relative paths are made absolute when they are typed.
+  is_free: bool = False  # May change when a run continues, because no result depends on it.
 
 
 def _optimizer(

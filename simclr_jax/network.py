@@ -20,6 +20,10 @@ class Network:
     self._model, self._head, self._queue = config.model, config.head, config.memory.size
     self._image_size, self._batch_size = config.data.image_size, config.batch_size
 
+  def images(self, count: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of so many images."""
+    return jax.ShapeDtypeStruct((count, self._image_size, self._image_size, 3), jnp.float32)
+
   def encoder(self) -> encoders.Encoder:
     """Returns the encoder that `config.model` describes."""
     return encoders.build(self._model)
@@ -53,10 +57,7 @@ class Network:
 
   def forward_flops(self, model: simclr.SimCLR, state: state_lib.TrainState) -> int:
     """Returns the matrix FLOPs of both views of one image on their way through encoder and heads."""
-    size = self._image_size
-    views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), variables, views)
+    return cost.matrix_flops(lambda v, x: model.apply(v, x, train=False), state.variables, self.images(2))
 
   @property
   def passes(self) -> int:
@@ -64,11 +65,7 @@ class Network:
     return 4 if self._queue else 3
 
   def step_flops(self, forward: int) -> int:
-    """Returns the model FLOPs of one step of pretraining: both views of an image, and all pairs of the batch.
-
-    Args:
-      forward: of both views of one image, from `forward_flops`.
-    """
+    """Returns the model FLOPs of one step of pretraining, given `forward_flops`: all images, and all pairs of views."""
     # Every pair of views is scored once forward, and the gradient takes two more products of that size. No gradient
     # flows into a queue of negatives, which spares one of them.
     views = 2 * self._batch_size

@@ -10,17 +10,10 @@ T = TypeVar("T", int, float)
 
 
 def parsed(name: str, text: str, kind: type[T], valid: Callable[[T], bool], wanted: str) -> T:
-  """Returns `text` as a number.
-
-  Args:
-    name: of the option or key, for the message.
-    text: to be parsed.
-    kind: int or float.
-    valid: whether a number is allowed.
-    wanted: what is, for the message.
+  """Returns `text` as an int or float; the message says that the option or key `name` wants what is `wanted`.
 
   Raises:
-    UserError: the text is no such number.
+    UserError: the text is no number of this kind, or not a valid one.
   """
   try:
     value = kind(text)

@@ -17,12 +17,9 @@ Schedule = Callable[[Any], jax.Array]
 
 
 def total_steps(examples: int, epochs: float, batch_size: int) -> int:
-  """Returns the number of optimizer steps of a run: that of whole batches, plus one as in the reference.
+  """Returns the number of optimizer steps of a run: that of whole batches (of images, not views), plus one.
 
-  Args:
-    examples: images in the training split.
-    epochs: passes over it.
-    batch_size: images, not views.
+  The reference adds the one.
 
   Raises:
     UserError: an argument is out of range.
@@ -69,21 +66,11 @@ def schedule(
 
 
 def lars(
-  learning_rate: float | Schedule,
-  *,
-  weight_decay: float,
-  momentum: float = 0.9,
-  trust_coefficient: float = 0.001,
+  learning_rate: float | Schedule, *, weight_decay: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> optax.GradientTransformation:
   """Returns LARS (You et al. 2017) with the reference's exclusions, see `lars_mask`.
 
-  The learning rate is inside the momentum buffer.
-
-  Args:
-    learning_rate: a number or a schedule.
-    weight_decay: factor of the weights in the gradient of the leaves under the mask.
-    momentum: decay of the buffer.
-    trust_coefficient: factor of the trust ratio, eta in the paper.
+  The learning rate is inside the momentum buffer; the trust coefficient is eta in the paper.
   """
   # Both masks are needed: optax adapts every leaf by default.
   return optax.lars(
@@ -135,11 +122,7 @@ def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> ja
 
   With LARS, which decays the other weights itself, the sum is over the kernels of the supervised head; with the
   other optimizers it is over all weights except those of normalisation layers, biases of dense layers included.
-
-  Args:
-    params: a tree; leaves are chosen by name.
-    weight_decay: factor.
-    optimizer: one of `OPTIMIZERS`.
+  Leaves are chosen by name.
 
   Raises:
     UserError: the optimizer is unknown.
@@ -148,11 +131,10 @@ def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> ja
     hint = errors.nearest(optimizer, OPTIMIZERS)
     raise errors.UserError(f'optimizer "{optimizer}" is unknown; use one of {", ".join(OPTIMIZERS)}{hint}')
   names = leaf_names(params)
-  chosen = (
-    [_in_linear_head(name) and name[-1] == "kernel" for name in names]
-    if optimizer == "lars"
-    else [not normalization for normalization in _in_normalization(names)]
-  )
+  if optimizer == "lars":
+    chosen = [_in_linear_head(name) and name[-1] == "kernel" for name in names]
+  else:
+    chosen = [not normalization for normalization in _in_normalization(names)]
   leaves = [leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True) if use]
   squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in leaves]
   return jnp.asarray(weight_decay / 2 * sum(squares))

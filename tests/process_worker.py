@@ -11,8 +11,8 @@ from simclr_jax import losses
 from simclr_jax.hardware import sharding
 
 
-def loss_case(kind, mesh, dtype):
-  """Returns loss, gradient and metrics for 40 images in blocks of 16 columns."""
+def every_loss(mesh, dtype):
+  """Returns loss, gradient and metrics of each kind for 40 images in blocks of 16 columns, from one program."""
   rng = np.random.default_rng(0)
   batch = {
     "z": (rng.normal(size=(40, 1, 8)) + 0.5 * rng.normal(size=(40, 2, 8))).astype(dtype),
@@ -20,14 +20,19 @@ def loss_case(kind, mesh, dtype):
   }
   batch = sharding.global_batch(mesh, jax.tree.map(own_rows, batch))
 
-  def loss_fn(z, label):
-    return losses.contrast(kind, z, label, temperature=0.2, mesh=mesh, block_size=16)
+  @jax.jit
+  def evaluate(z, label):
+    found = {}
+    for kind in losses.BLOCKWISE:
+      loss_of = lambda z, kind=kind: losses.contrast(kind, z, label, temperature=0.2, mesh=mesh, block_size=16)
+      (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(z)
+      found[kind] = {"loss": loss, "gradient": gradient, **metrics}
+    return found
 
-  (loss, metrics), grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(batch["z"], batch["label"])
-  return {"loss": loss, "gradient": grad, **metrics}
+  return evaluate(batch["z"], batch["label"])
 
 
-def micro_batched_step(name, mesh, dtype):
+def micro_batched_step(mesh, dtype):
   """Returns the metrics of a step in two micro-batches and the state after it, in float64 alone.
 
   In float32 the gradients of a network with batch norm differ by rounding alone.
@@ -36,14 +41,13 @@ def micro_batched_step(name, mesh, dtype):
     return {}
   model = small_step.network(np.float64)
   state, tx, rate = small_step.start(model, mesh)
-  step = small_step.jitted(model, mesh, state, tx, rate, micro_batches=2)
-  state, metrics = step(state, sharding.global_batch(mesh, jax.tree.map(own_rows, small_step.rows(np.float64))))
-  kept = {"metrics": metrics, "params": state.params, "batch_stats": state.batch_stats}
-  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
+  step_fn = small_step.jitted(small_step.contrastive(model, mesh), mesh, state, tx, rate, micro_batches=2)
+  state, metrics = step_fn(state, sharding.global_batch(mesh, jax.tree.map(own_rows, small_step.rows(np.float64))))
+  return {"metrics": metrics, "params": state.params, "batch_stats": state.batch_stats}
 
 
-# Name -> function(name, mesh, dtype) that returns global arrays by name.
-CASES = {**dict.fromkeys(losses.BLOCKWISE, loss_case), "micro-batches": micro_batched_step}
+# Name -> function(mesh, dtype) that returns a tree of global arrays.
+CASES = {"losses": every_loss, "micro-batches": micro_batched_step}
 
 
 def own_rows(rows):
@@ -57,8 +61,9 @@ def results():
   for dtype in ("float64", "float32"):
     with jax.enable_x64(dtype == "float64"):
       for name, case in CASES.items():
-        for key, value in case(name, mesh, dtype).items():
-          arrays[f"{name}/{dtype}/{key}"] = multihost_utils.process_allgather(value, tiled=True)
+        for path, value in jax.tree_util.tree_leaves_with_path(case(mesh, dtype)):
+          whole = multihost_utils.process_allgather(value, tiled=True)
+          arrays[f"{name}/{dtype}/{jax.tree_util.keystr(path)}"] = whole
   return arrays
 
 

@@ -1,7 +1,8 @@
-"""Compositions of augmentations: each operation against NumPy, and the distribution of each random number."""
+"""Compositions of augmentations: each operation against NumPy, its random numbers, and both inputs of the step."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,22 @@ import pytest
 from samples import distance_to_uniform
 
 from simclr_jax import errors
-from simclr_jax.data import composition, device_augment
+from simclr_jax.data import arrays, composition, device_augment, inputs, resident
 from simclr_jax.data.distortion import Distortion
+from simclr_jax.data.order import Order
+from simclr_jax.hardware import cost, sharding
 
 SIZE = 16
 DISTORTION = Distortion(SIZE, min_area=0.25, max_area=0.5, color_strength=0.5)
+ORDER = Order(batch_size=16, shards=4, seed=0)
+RESIDENT = inputs.Plan(ORDER, resident=True)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compiles_fast():
-  """Compiling takes longer than running these tiny programs."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+# Compiled whole: done eagerly, each of their many small operations is compiled by itself.
+centers = jax.jit(composition.centers, static_argnums=1)
+crop_boxes = jax.jit(composition.crop_boxes, static_argnums=1)
+gaussian_blur = jax.jit(device_augment.gaussian_blur, static_argnums=2)
+quarter_turns = jax.jit(composition.quarter_turns)
+sigmas = jax.jit(composition.sigmas)
 
 
 def keys_of(count):
@@ -111,27 +115,33 @@ def test_noise_is_that_of_numpy():
   np.testing.assert_allclose(seen, np.clip(images + 0.2 * normal, 0, 1), rtol=0, atol=1e-6)
 
 
-def own_keys(count, position):
-  """Returns the keys of the operation at `position`, derived independently of the code under test."""
-  key = jax.random.key(3, impl="threefry2x32")
-  chain = lambda index: functools.reduce(jax.random.fold_in, (0, index, composition.COMPOSED, position), key)
-  return jax.vmap(chain)(jnp.arange(count))
+@jax.jit
+def own_keys(seed, epoch, index, position):
+  """Returns the keys of the operation at `position` for examples, derived independently of the code under test."""
+  key = jax.random.key(seed, impl="threefry2x32")
+  chain = lambda *example: functools.reduce(jax.random.fold_in, (*example, composition.COMPOSED, position), key)
+  return jax.vmap(chain)(epoch, index)
+
+
+def first_keys(count, position):
+  """Returns the keys of the operation at `position` for `images_of(count)` with `keys_of(count)`."""
+  return own_keys(3, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), position)
 
 
 def test_each_operation_is_that_of_numpy_with_random_numbers_of_its_own():
-  images, keys = images_of(COUNT), own_keys(COUNT, 0)
+  images, keys = images_of(COUNT), first_keys(COUNT, 0)
   floats = unit(images).astype(np.float32)
   crop = jax.jit(lambda boxes: device_augment.crop_and_resize(floats, boxes, SIZE))
   colors = dataclasses.replace(DISTORTION, blur_probability=0.0)
   normal = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE, 3))))
   distort = jax.jit(lambda: device_augment.distorted_pairs(floats[:, None], keys, colors)[:, 0])
   wanted = {
-    "cutout": lambda: each(cutout, floats, composition.centers(keys, SIZE)),
+    "cutout": lambda: each(cutout, floats, centers(keys, SIZE)),
     "sobel": lambda: sobel(unit(images)),
-    "rotate": lambda: each(np.rot90, floats, composition.quarter_turns(keys)),
+    "rotate": lambda: each(np.rot90, floats, quarter_turns(keys)),
     "noise": lambda: np.clip(unit(images) + 0.2 * normal(keys), 0, 1),
-    "blur": lambda: np.clip(device_augment.gaussian_blur(floats, composition.sigmas(keys), 3), 0, 1),
-    "crop": lambda: np.clip(crop(composition.crop_boxes(keys, DISTORTION)), 0, 1),
+    "blur": lambda: np.clip(gaussian_blur(floats, sigmas(keys), 3), 0, 1),
+    "crop": lambda: np.clip(crop(crop_boxes(keys, DISTORTION)), 0, 1),
     "color": distort,
   }
   assert set(wanted) == set(composition.OPERATIONS)
@@ -144,9 +154,9 @@ def test_each_operation_is_that_of_numpy_with_random_numbers_of_its_own():
 
 
 def test_operations_follow_each_other_in_the_order_asked_for():
-  turned = each(np.rot90, unit(images_of(COUNT)), composition.quarter_turns(own_keys(COUNT, 0)))
-  twice = each(np.rot90, turned, composition.quarter_turns(own_keys(COUNT, 1)))
-  cut = each(cutout, sobel(turned), composition.centers(own_keys(COUNT, 2), SIZE))
+  turned = each(np.rot90, unit(images_of(COUNT)), quarter_turns(first_keys(COUNT, 0)))
+  twice = each(np.rot90, turned, quarter_turns(first_keys(COUNT, 1)))
+  cut = each(cutout, sobel(turned), centers(first_keys(COUNT, 2), SIZE))
   np.testing.assert_allclose(changed("rotate,rotate"), twice, rtol=0, atol=1e-6)
   np.testing.assert_allclose(changed("rotate,sobel"), sobel(turned), rtol=0, atol=1e-6)
   np.testing.assert_allclose(changed("rotate, sobel,cutout"), cut, rtol=0, atol=1e-6)
@@ -163,18 +173,17 @@ def test_random_numbers_of_an_example_depend_on_no_other_example():
 
 
 def test_random_numbers_are_uniform():
-  keys = own_keys(20000, 1)
-  sigmas = np.asarray(composition.sigmas(keys))
-  assert distance_to_uniform(sigmas, np.float32(0.1), np.float32(2.0)) < 0.02
-  for numbers, values in ((composition.quarter_turns(keys), [1, 2, 3]), (composition.centers(keys, 12), range(12))):
+  keys = first_keys(20000, 1)
+  assert distance_to_uniform(np.asarray(sigmas(keys)), np.float32(0.1), np.float32(2.0)) < 0.02
+  for numbers, values in ((quarter_turns(keys), [1, 2, 3]), (centers(keys, 12), range(12))):
     numbers = np.asarray(numbers).reshape(20000, -1)
     for column in numbers.T:
       seen, counts = np.unique(column, return_counts=True)
       np.testing.assert_array_equal(seen, values)
       assert np.abs(counts / 20000 - 1 / len(counts)).max() < 0.02
-  rows, columns = np.asarray(composition.centers(keys, 12)).T
+  rows, columns = np.asarray(centers(keys, 12)).T
   assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.02
-  boxes = np.asarray(composition.crop_boxes(keys[:4000], dataclasses.replace(DISTORTION, size=64)))
+  boxes = np.asarray(crop_boxes(keys[:4000], dataclasses.replace(DISTORTION, size=64)))
   areas = boxes[:, 2] * boxes[:, 3] / 64**2
   assert 0.249 < areas.min() < 0.26
   assert 0.49 < areas.max() < 0.51
@@ -191,3 +200,60 @@ def test_the_type_asked_for_comes_out(dtype):
 def test_an_unknown_operation_is_a_user_error(text):
   with pytest.raises(errors.UserError, match=r"config.augment.compose is .*no operation .*use one or more of"):
     composition.codes(text)
+
+
+# The inputs of the step.
+
+
+@pytest.fixture(scope="module")
+def split():
+  named = {"train_images": images_of(20, 20), "train_labels": np.arange(20) % 3}
+  return arrays.from_mapping(named, "train")
+
+
+def test_a_streamed_pair_is_the_hosts_crop_and_that_crop_changed(split):
+  images = inputs.pairs(split, DISTORTION, inputs.Plan(ORDER), sharding.data_mesh(), compose="rotate")
+  prepare, seen = jax.jit(images.prepare), {}
+  for batch in itertools.islice(images.batches(0), 3):
+    assert batch["image"].dtype == np.uint8
+    views = np.asarray(prepare(batch)["views"])
+    np.testing.assert_allclose(views[:, 0], unit(batch["image"]), rtol=0, atol=1e-7)
+    turns = quarter_turns(own_keys(0, batch["epoch"], batch["index"], 0))
+    np.testing.assert_array_equal(views[:, 1], each(np.rot90, views[:, 0], turns))
+    seen |= {(int(i), int(e)): v for i, e, v in zip(batch["index"], batch["epoch"], views, strict=True)}
+  first, second = next((seen[i, 0], seen[i, 1]) for i, epoch in seen if epoch and (i, 0) in seen)
+  assert np.abs(first - second).max() > 0.05
+
+
+@pytest.mark.devices(8)
+def test_resident_compositions_are_one_program_that_exchanges_no_images(split):
+  mesh, lowered, distortion = sharding.data_mesh(), {}, Distortion(SIZE, min_area=0.5, flip=False)
+  step = jax.device_put(np.int32(0), sharding.replicated(mesh))
+  for compose in ("blur,color", "rotate"):
+    images = inputs.pairs(split, distortion, RESIDENT, mesh, compose=compose)
+    rows = lambda dataset, step, images=images: images.prepare(images.batch_of(dataset, step))
+    lowered[compose] = jax.jit(rows, out_shardings=sharding.batched(mesh)).lower(images.dataset, step)
+  texts = [program.as_text() for program in lowered.values()]
+  assert texts[0] == texts[1]
+  program = lowered["rotate"].compile()
+  # The devices may exchange the codes of the two operations, nothing else.
+  assert sum(collective.bytes for collective in cost.collectives(program.as_text(), mesh.size)) <= 8
+
+  # The first view is the random crop, not mirrored, and the second one that crop turned.
+  batch = jax.device_get(program(images.dataset, step))
+  keys = device_augment.example_keys(0, batch["epoch"], batch["index"])
+  crops = jax.jit(lambda images: device_augment.train_view(images, keys, distortion))(split.images[batch["index"]])
+  np.testing.assert_allclose(batch["views"][:, 0], crops, rtol=0, atol=1e-6)
+  for first, second in batch["views"]:
+    same = [np.array_equal(np.rot90(first, turns), second) for turns in range(4)]
+    assert (sum(same), same[0]) == (1, False)
+
+
+def test_without_compositions_the_dataset_holds_no_operations(split):
+  images = inputs.pairs(split, DISTORTION, RESIDENT, sharding.data_mesh())
+  assert images.dataset.keys() == resident.on_devices(split, sharding.data_mesh()).keys()
+
+
+def test_compositions_on_the_host_are_a_user_error():
+  with pytest.raises(errors.UserError, match=r"config.augment.compose is done on the devices, .*'host'; set it to dev"):
+    inputs.pair_augmentation(DISTORTION, inputs.Plan(ORDER, place="host"), "crop,color")

@@ -48,7 +48,7 @@ def small():
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_the_reference_s_names_and_shapes_are_those_of_our_network(reference, name):
+def test_the_references_names_and_shapes_are_those_of_our_network(reference, name):
   arrays = reference(name)
   given = {
     str(name): np.empty(weights_by_name.parse_shape(str(shape)), np.float16)
@@ -66,29 +66,31 @@ def test_the_reference_s_names_and_shapes_are_those_of_our_network(reference, na
 
 
 @pytest.mark.parametrize(
-  ("ours", "theirs"),
+  ("ours", "theirs", "layers"),
   [
-    (dict(depth=10, small_images=True), dict(depth=10, stem="small")),
-    (dict(depth=10, sk_ratio=0.5), dict(depth=10, stem="three", selective=True)),
-    (dict(depth=18, width=0.3), dict(depth=18, stem="large")),
-    (dict(depth=34, se_ratio=0.1), dict(depth=34, stem="large", squeeze=True)),
-    (dict(depth=50, width=2, small_images=True), dict(depth=50, stem="small")),
+    (dict(depth=10, small_images=True), dict(depth=10, stem="small"), 1),
+    (dict(depth=10, sk_ratio=0.5), dict(depth=10, stem="three", selective=True), 4),
+    (dict(depth=18, width=0.3), dict(depth=18, stem="large"), 0),
+    (dict(depth=34, se_ratio=0.1), dict(depth=34, stem="large", squeeze=True), 1),
+    (dict(depth=50, width=2, small_images=True), dict(depth=50, stem="small"), 4),
     (
       dict(depth=50, se_ratio=0.2, small_images=True),
       dict(depth=50, stem="small", squeeze=True),
+      0,
     ),
     (
       dict(depth=50, sk_ratio=0.2, small_images=True),
       dict(depth=50, stem="small", selective=True),
+      1,
     ),
     (
       dict(depth=50, sk_ratio=0.2, se_ratio=0.2),
       dict(depth=50, stem="three", selective=True, squeeze=True),
+      4,
     ),
-    (dict(depth=101, sk_ratio=0.0625), dict(depth=101, stem="three", selective=True)),
+    (dict(depth=101, sk_ratio=0.0625), dict(depth=101, stem="three", selective=True), 0),
   ],
 )
-@pytest.mark.parametrize("layers", [0, 1, 4])
 def test_any_architecture_is_recognised_from_its_variables_alone(ours, theirs, layers):
   tree = abstract(network(layers=layers, **ours))
   paths = paths_of(layers=layers, **theirs)

@@ -1,4 +1,4 @@
-"""The convolution whose gradients are forward passes: XLA's own numbers, and XLA's own operations but on a CPU."""
+"""The convolution whose gradients are forward passes: XLA's numbers, and off the CPU XLA's operations."""
 
 import time
 
@@ -10,8 +10,8 @@ import pytest
 from simclr_jax.hardware import cost, sharding
 from simclr_jax.models import convolution, layers
 
-# (kernel, stride, height, width, images): fewer images than a part, one part, several; small and large outputs;
-# sizes after which a stride leaves rows over; channels are odd ones, so that no transposition hides.
+# (kernel, stride, height, width, images): fewer images than a part, one part, several; small and large outputs; sizes
+# that the stride does not divide. The numbers of channels differ and are odd, so that a wrong transposition shows.
 CASES = [
   (1, 1, 6, 5, 4),
   (1, 2, 8, 7, 8),
@@ -45,8 +45,8 @@ def with_gradients(module):
   @jax.jit
   def run(images, kernel):
     apply = lambda images, kernel: module.apply({"params": {"kernel": kernel}}, images)
-    output, pull_back = jax.vjp(apply, images, kernel)
-    return output, *pull_back(jnp.sin(output))
+    output, pullback = jax.vjp(apply, images, kernel)
+    return output, *pullback(jnp.sin(output))
 
   return run
 
@@ -77,6 +77,7 @@ def test_output_and_gradients_are_those_of_xla_in_float64(case, x64):
   assert_those_of_xla(case, "float64", 1e-12)
 
 
+@pytest.mark.optimized
 def test_the_kernel_gradient_of_a_bfloat16_network_is_summed_in_float32():
   images = np.abs(drawn(np.float32, 3, 9, 9, 512)[0]).astype(jnp.bfloat16)
 
@@ -89,6 +90,8 @@ def test_the_kernel_gradient_of_a_bfloat16_network_is_summed_in_float32():
   np.testing.assert_allclose(gradient(layer(3, 1, jnp.bfloat16)[0], jnp.bfloat16), exact, rtol=2**-7)
 
 
+@pytest.mark.devices(8)
+@pytest.mark.optimized
 @pytest.mark.parametrize("images", [24, 64])
 def test_eight_devices_compute_what_one_does_and_move_no_images(images):
   ours, _ = layer(3, 1, jnp.float32)
@@ -103,6 +106,7 @@ def test_eight_devices_compute_what_one_does_and_move_no_images(images):
   assert {(exchange.kind, exchange.shapes) for exchange in exchanges} == {("all-reduce", ("f32[3,3,3,5]",))}
 
 
+@pytest.mark.optimized
 def test_a_gradient_in_a_loop_takes_about_as_long_as_outside_of_one():
   ours, _ = layer(3, 1, jnp.float32, features=16)
   images, kernel = drawn(np.float32, 3, 16, 16, 64, channels=16, features=16)
@@ -160,6 +164,6 @@ def test_only_a_cpu_gets_the_gradients_in_parts(platform):
   ],
   ids=str,
 )
-def test_what_it_does_not_compute_it_refuses(arguments):
+def test_an_unsupported_argument_is_refused(arguments):
   with pytest.raises(NotImplementedError, match=next(iter(arguments))):
     convolution.convolve(jnp.zeros((6, 3, 3, 3)), jnp.zeros((3, 3, 3, 3)), (1, 1), ((1, 1), (1, 1)), **arguments)

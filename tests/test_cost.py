@@ -30,7 +30,7 @@ def test_flops_grow_with_the_batch_and_not_with_rematerialisation():
   assert forward(resnet.ResNet(depth=10, width=0.25, remat="blocks"), 32)(train=True) == once
 
 
-def test_a_loop_counts_as_often_as_it_runs_and_a_grouped_convolution_by_its_own_channels():
+def test_loops_count_per_iteration_and_groups_by_their_own_channels():
   a, b = jnp.ones((3, 4)), jnp.ones((4, 4))
   assert cost.matrix_flops(lambda a, b: lax.fori_loop(0, 7, lambda _, x: x @ b, a), a, b) == 7 * 2 * 3 * 4 * 4
   images, kernel = jnp.ones((2, 8, 8, 6)), jnp.ones((3, 3, 2, 12))
@@ -46,7 +46,9 @@ def compiled(function, *shapes, in_specs, out_specs):
   return jax.jit(sharded).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
 
 
-def test_exchanges_are_counted_with_their_bytes_once_for_each_turn_of_a_loop():
+@pytest.mark.devices(8)
+@pytest.mark.optimized
+def test_collectives_count_with_their_bytes_once_per_iteration_of_a_loop():
   rows = PartitionSpec("data")
 
   def function(x):
@@ -62,7 +64,7 @@ def test_exchanges_are_counted_with_their_bytes_once_for_each_turn_of_a_loop():
   assert {item.purpose for item in found} == {"loss"}, "all inside shard_map, as only the loss is"
 
 
-def test_an_asynchronous_exchange_counts_once_by_its_result():
+def test_an_asynchronous_collective_counts_once_by_its_result():
   hlo = """HloModule step
 
 ENTRY %main (p: bf16[4,8]) -> bf16[32,8] {
@@ -75,7 +77,7 @@ ENTRY %main (p: bf16[4,8]) -> bf16[32,8] {
   assert (item.kind, item.calls, item.bytes, item.purpose) == ("all-gather", 1, 32 * 8 * 2, "loss")
 
 
-def test_an_exchange_without_a_name_has_the_purpose_of_what_takes_its_result():
+def test_a_collective_without_a_name_has_the_purpose_of_its_consumer():
   hlo = """ENTRY %main (p: f32[4,8]) -> f32[8,4] {
   %p = f32[4,8] parameter(0)
   %written = f32[4,8]{1,0} all-reduce(%p), channel_id=1, to_apply=%add
@@ -86,7 +88,7 @@ def test_an_exchange_without_a_name_has_the_purpose_of_what_takes_its_result():
   assert item.purpose == "loss"
 
 
-def test_a_loop_without_a_told_count_turns_as_often_as_its_condition_says():
+def test_a_loop_without_a_known_count_runs_as_often_as_its_condition_says():
   hlo = """HloModule step
 
 %condition (c: (s32[], f32[8])) -> pred[] {
@@ -112,7 +114,7 @@ ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   assert (item.calls, item.bytes, item.purpose) == (16, 16 * 8 * 4, "batch norm")
 
 
-def test_a_merged_exchange_is_not_taken_for_the_losss():
+def test_a_merged_collective_is_not_taken_for_the_losss():
   line = """ENTRY %main (p: f32[8]) -> (f32[], f32[8]) {
   %p = f32[8] parameter(0)
   ROOT %merged = (f32[], f32[8]) all-reduce(%s, %p), metadata={op_name="jit(step)/jvp()/shard_map/psum"}
@@ -122,6 +124,7 @@ def test_a_merged_exchange_is_not_taken_for_the_losss():
   assert (item.purpose, item.shapes, item.bytes) == ("parameters", ("f32[]", "f32[8]"), 36)
 
 
+@pytest.mark.devices(8)
 def test_a_device_holds_its_part_of_a_split_array():
   mesh = sharding.data_mesh()
   arrays = {

@@ -1,113 +1,60 @@
-"""Fine-tuning: the reference's four-step trajectories, what is frozen, and which labels are used."""
+"""Fine-tuning and its jobs: the reference's trajectories, what is frozen, which labels are used, distillation."""
 
 import functools
 import json
 import shutil
 
+import float64_convolution
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import weights_by_name
-from flax import traverse_util
-from orbax.checkpoint import v1 as ocp
+import runs
+import small_step
+import trajectories
 from PIL import Image
+from runs import TINY, job, training_rows
 
 from simclr_jax import __main__ as command
-from simclr_jax import errors, optim
-from simclr_jax.data import arrays, sources, subset
+from simclr_jax import errors
+from simclr_jax.data import sources, subset
+from simclr_jax.data.source import Request
 from simclr_jax.hardware import cost, sharding
-from simclr_jax.jobs import classifier, convert
 from simclr_jax.models import heads, resnet, simclr
-from simclr_jax.released import names as reference
-from simclr_jax.training import checkpoint
+from simclr_jax.training import checkpoint, objectives
 from simclr_jax.training import state as state_lib
 
-# Which variables the issue of TF1's and TF2's oddities leaves comparable; see the fixtures' description.
+# Case -> which variables are compared, by the start of their names: the reference's TF1 and TF2 code differ in the
+# others, see the fixtures' description.
 WHOLE, HEAD = "", "head_supervised"
 CASES = {"linear_frozen_bn": WHOLE, "linear_frozen_bn_wd": HEAD, "finetune_selector1_lars": WHOLE}
 
 
-def trajectory(array, case):
-  """Returns the metrics of each step of a case, its variables before and after by path, and the paths by name."""
-  get = lambda key: array[f"{case}__{key}"]
-  flag = lambda key: get(f"flag_{key}").item()
-  types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-  classes = 10
-  model = simclr.Classifier(
-    resnet.ResNet(depth=flag("resnet_depth"), small_images=True, **types),
-    heads.LinearHead(classes, **types),
-    heads.ProjectionHead(layers=flag("num_proj_layers"), **types),
-    layer=flag("ft_proj_selector"),
-    after_block=flag("fine_tune_after_block"),
-  )
-  size = flag("image_size")
-  tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), jnp.zeros((1, size, size, 3)))
-  layers = reference.encoder_layers(flag("resnet_depth"), stem="small", selective=False, squeeze=False)
-  paths = (
-    reference.encoder_paths(layers) | reference.projection_paths(flag("num_proj_layers")) | reference.LINEAR_HEAD_PATHS
-  )
-  mesh = sharding.data_mesh(jax.devices()[:1])
-  initial = convert.from_reference(weights_by_name.of_network(tree, paths, get("name_prefix").item()))
-  initial = jax.device_put(jax.tree.map(jnp.asarray, initial), sharding.replicated(mesh))
-
-  examples, batch = get("n_train").item(), get("batch").item()
-  rate = optim.schedule(
-    base_learning_rate=flag("learning_rate"),
-    batch_size=batch,
-    scaling=flag("learning_rate_scaling"),
-    warmup_steps=optim.warmup_steps(examples, flag("warmup_epochs"), batch),
-    total_steps=optim.total_steps(examples, flag("train_epochs"), batch),
-  )
-  decay = flag("weight_decay")
-  tx = optim.lars(rate, weight_decay=decay) if flag("optimizer") == "lars" else optim.momentum(rate)
-  step = functools.partial(
-    classifier.train_step, model=model, tx=tx, schedule=rate, weight_decay=decay, optimizer=flag("optimizer")
-  )
-  step = jax.jit(step)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_four_steps_are_the_reference_s(reference, monkeypatch, x64, name):
+  float64_convolution.patch(monkeypatch)
+  case, mesh = trajectories.Case(reference("finetune_steps"), name), sharding.data_mesh()
+  layer, after_stage = case.flag("ft_proj_selector"), case.flag("fine_tune_after_block")
+  model = simclr.Classifier(case.encoder, case.linear_head, case.projection_head, layer, after_stage)
+  initial, (tx, rate) = case.variables(model, mesh), case.optimizer()
+  before = jax.device_get(initial)
   trained = functools.partial(simclr.trained_part, model)
   state = state_lib.create(initial["params"], initial["batch_stats"], tx, trained)
-  rows = []
-  for images, label in zip(array["images"], array["labels"], strict=True):
-    given = {"image": images.astype(np.float64) / 255, "label": label.astype(np.int32)}
-    state, metrics = step(state, jax.device_put(given, sharding.batched(mesh)))
-    rows.append(jax.device_get(metrics))
-  flat = lambda params, batch_stats: traverse_util.flatten_dict({"params": params, "batch_stats": batch_stats})
-  return rows, flat(initial["params"], initial["batch_stats"]), flat(state.params, state.batch_stats), paths
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_four_steps_are_the_reference_s(reference_arrays, x64, case):
-  get = lambda key: reference_arrays[f"{case}__{key}"]
-  rows, before, after, paths = trajectory(reference_arrays, case)
+  step_fn = small_step.jitted(objectives.Classification(model, case.decay), mesh, state, tx, rate)
   wanted = {"loss": "supervised_loss", "accuracy": "supervised_acc", "learning_rate": "learning_rate"}
-  if CASES[case] == WHOLE:
+  if CASES[name] == WHOLE:
     wanted |= {key: key for key in ("weight_decay", "total_loss", "grad_norm")}
-  for step, row in enumerate(rows):
+  assert len(case.labels) == 4
+  for t, (images, label) in enumerate(zip(case.images / np.float64(255), case.labels, strict=True)):
+    state, metrics = step_fn(state, sharding.global_batch(mesh, {"image": images, "label": label}))
     for ours, theirs in wanted.items():
-      np.testing.assert_allclose(row[ours], get(theirs)[step], rtol=1e-6, atol=1e-12, err_msg=f"{ours}, step {step}")
-  compared = [(i, name) for i, name in enumerate(get("variable_names")) if name.startswith(CASES[case])]
-  assert len(compared) == (len(get("variable_names")) if CASES[case] == WHOLE else 2)
-  for i, name in compared:
-    ours, start = np.asarray(after[paths[name]]), np.asarray(before[paths[name]])
-    np.testing.assert_allclose(np.linalg.norm(ours), get("final_norm")[i], rtol=1e-6, err_msg=name)
-    change = np.linalg.norm(ours - start)
-    np.testing.assert_allclose(change, get("change_norm")[i], rtol=1e-6, err_msg=name)
-    first = ours.ravel()[:4]
-    np.testing.assert_allclose(first, get("final_first4")[i][: len(first)], rtol=1e-6, atol=1e-9, err_msg=name)
-    if get("first_step_grad_norm")[i] == -1 and "moving" not in name:
-      assert change == 0, f"{name} is frozen"
+      value = case.get(theirs)[t]
+      np.testing.assert_allclose(metrics[ours], value, rtol=1e-6, atol=1e-12, err_msg=f"{ours}, step {t}")
+  assert case.assert_variables(before, state, CASES[name]) == (len(case.paths) if CASES[name] == WHOLE else 2)
 
 
-@pytest.fixture(scope="module")
-def reference_arrays():
-  from conftest import FIXTURES
-
-  return dict(np.load(FIXTURES / "finetune_steps.npz"))
-
-
-def test_a_balanced_part_has_the_same_share_of_every_class_and_grows_by_adding():
+def test_balanced_parts_keep_the_shares_of_classes_and_grow_by_adding():
   labels = np.random.default_rng(0).choice(5, 4000, p=[0.4, 0.3, 0.2, 0.08, 0.02])
   parts = [subset.balanced(labels, fraction, seed=3) for fraction in (0.001, 0.01, 0.1, 1.0)]
   for fraction, rows in zip((0.001, 0.01, 0.1, 1.0), parts, strict=True):
@@ -119,17 +66,6 @@ def test_a_balanced_part_has_the_same_share_of_every_class_and_grows_by_adding()
   assert not np.array_equal(parts[1], subset.balanced(labels, 0.01, seed=4))
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_a_part_of_a_stored_data_set_is_these_examples(tfds_dir, cache):
-  source = sources.load("tfds", name="imagenet2012", split="validation", data_dir=tfds_dir, cache=cache)
-  labels, names = sources.labels_of(source), sources.names_of(source)
-  rows = np.array([0, 5, 17, 40])
-  part = subset.take(source, rows)
-  assert part.num_examples == 4
-  np.testing.assert_array_equal(sources.labels_of(part), labels[rows])
-  assert sources.names_of(part) == tuple(names[row] for row in rows)
-
-
 def test_images_are_chosen_by_the_names_of_a_list(tmp_path):
   rng = np.random.default_rng(0)
   for kind in ("n01440764", "n01443537"):
@@ -137,28 +73,18 @@ def test_images_are_chosen_by_the_names_of_a_list(tmp_path):
     for i in range(3):
       image = Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8))
       image.save(tmp_path / "images" / kind / f"{kind}_{i}.JPEG")
-  source = sources.load("folder", split="train", data_dir=str(tmp_path / "images"))
+  source = sources.load("folder", Request("train", data_dir=str(tmp_path / "images")))
   ids = tmp_path / "1percent.txt"
   ids.write_text("n01440764_2.JPEG\nn01443537_0.JPEG\n\n")
-  rows = subset.listed(subset.names_of(source), str(ids))
-  part = subset.take(source, rows)
-  assert part.names == ("n01440764/n01440764_2.JPEG", "n01443537/n01443537_0.JPEG")
-  np.testing.assert_array_equal(subset.labels_of(part), [0, 1])
+  rows = subset.listed(source.names(), str(ids))
+  part = source.take(rows)
+  assert part.names() == ("n01440764/n01440764_2.JPEG", "n01443537/n01443537_0.JPEG")
+  np.testing.assert_array_equal(part.labels(), [0, 1])
   ids.write_text("n01440764_2.JPEG\nn01443537_9.JPEG\n")
   with pytest.raises(errors.UserError, match=r"1 of the 2 images .* \(first: n01443537_9.JPEG\)"):
-    subset.listed(subset.names_of(source), str(ids))
+    subset.listed(source.names(), str(ids))
   with pytest.raises(errors.UserError, match="no file"):
-    subset.listed(subset.names_of(source), str(tmp_path / "absent.txt"))
-
-
-def test_a_part_of_resident_arrays_keeps_their_names():
-  whole = arrays.Arrays(
-    "a", np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), np.array([1, 0]), ("x", "y"), ("p", "q")
-  )
-  part = subset.take(whole, np.array([1]))
-  assert part.names == ("q",)
-  np.testing.assert_array_equal(part.images, whole.images[1:])
-  np.testing.assert_array_equal(part.labels, [0])
+    subset.listed(source.names(), str(tmp_path / "absent.txt"))
 
 
 def test_flops_by_module_are_those_of_the_whole():
@@ -171,138 +97,135 @@ def test_flops_by_module_are_those_of_the_whole():
   assert parts["encoder", "stem_conv1"] == 2 * 16 * 16 * 16 * 49 * 3
 
 
-# The job, on a network that compiles in seconds.
-
-TINY = (
-  "--config=configs/demo.py",
-  "--config.data.examples=200",
-  "--config.data.image_size=16",
-  "--config.model.width=0.125",
-  "--config.head.out_dim=16",
-  "--config.batch_size=16",
-  "--config.eval_batch_size=40",
-  "--config.finetune.batch_size=16",
-  "--config.finetune.total_epochs=0.5",
-  "--config.distill.batch_size=16",
-  "--config.distill.total_epochs=0.2",
-  "--config.log_every_steps=2",
-  "--config.total_steps=3",
-  "--config.evaluate_every_epochs=0",
-  "--config.monitor.knn_images=0",
-  "--config.monitor.pairs=0",
-)
+# The jobs, on the tiny network of all tests.
 
 
-def job(name, workdir, *settings, code=0):
-  assert command.main([name, *TINY, f"--workdir={workdir}", *settings]) == code
-  return json.loads((workdir / "result.json").read_text()) if code == 0 else None
+def options(*settings):
+  return [f"--config.{text}" for text in settings]
 
 
-def arrays_of(workdir):
-  """Returns the model's arrays of a run's last checkpoint, by path."""
-  step = checkpoint.find(str(workdir))
-  saved = ocp.checkpointables_metadata(step).metadata[checkpoint.MODEL]
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
-  loaded = ocp.load_checkpointables(step, {checkpoint.MODEL: abstract})[checkpoint.MODEL]
-  return traverse_util.flatten_dict(jax.tree.map(np.asarray, loaded), sep="/")
+def result_of(workdir):
+  return json.loads((workdir / "result.json").read_text())
 
 
-shares_a_run = pytest.mark.xdist_group("finetune")
+RATE = "finetune.optimizer.base_learning_rate"
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("finetune") / "pretrained"
-  job("pretrain", workdir)
-  return workdir
+@pytest.fixture(scope="session")
+def tuned(pretrained, shared_folder):
+  """A fine-tuning behind the head's first layer, the encoder frozen up to group 2. Nobody may write into it."""
+  folder = shared_folder / "tuned"
+  with runs.only_once(folder) as to_make:
+    if to_make:
+      # Enough steps at a rate that moves every weight of the tiny network.
+      settings = ["head.finetune_from=1", "finetune.after_block=2", "labels.fraction=0.5", f"checkpoint={pretrained}"]
+      job("finetune", folder, *options(*settings, "finetune.total_epochs=1.2", f"{RATE}=20"))
+  return folder
 
 
-@pytest.fixture(scope="module")
-def tuned(pretrained, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("finetune") / "tuned"
-  settings = ["--config.head.finetune_from=1", "--config.finetune.after_block=2", "--config.labels.fraction=0.5"]
-  result = job("finetune", workdir, f"--config.checkpoint={pretrained}", *settings)
-  assert (result["layer"], result["after_block"], result["train_examples"]) == (1, 2, 100)
-  return workdir
-
-
-@shares_a_run
-def test_what_is_frozen_leaves_bit_for_bit_and_the_head_s_first_layer_learns(pretrained, tuned):
-  before, after = arrays_of(pretrained), arrays_of(tuned)
+def test_frozen_parts_keep_their_bits_and_the_first_layer_learns(pretrained, tuned):
+  result = result_of(tuned)
+  assert (result["layer"], result["after_block"], result["train_examples"]) == (1, 2, 40)
+  before, after = (
+    {name: x for name, x in runs.arrays(run).items() if "['model']" in name} for run in (pretrained, tuned)
+  )
   for name, array in before.items():
-    if "/encoder/" not in name:
-      continue
-    frozen = resnet.group_of(name.split("/")[2]) <= 2  # collection/encoder/module/...
-    assert (array.tobytes() == after[name].tobytes()) == frozen, name
-  moved = {name for name in after if "/projection_head/" in name and np.any(before[name] != after[name])}
-  assert {name.split("/")[2] for name in moved if name.startswith("params")} == {"dense1", "bn1"}
-  assert checkpoint.classifier_layer(str(tuned)) == 1
-  assert checkpoint.classifier_layer(str(pretrained)) == 0
+    if "['encoder']" in name:
+      frozen = any(f"['{stage}" in name for stage in ("stem_", "group1_", "group2_"))
+      assert (array.tobytes() == after[name].tobytes()) == frozen, name
+  head = [name for name in after if "['projection_head']" in name and "['params']" in name]
+  moved = {name for name in head if np.any(before[name] != after[name])}
+  assert moved == {name for name in head if "['dense1']" in name or "['bn1']" in name}
+  assert checkpoint.open(str(tuned)).classifier_layer == 1
+  assert checkpoint.open(str(pretrained)).classifier_layer == 0
 
 
-@shares_a_run
-@pytest.mark.parametrize("cached", ["true", "false"])
-def test_a_student_learns_from_a_tuned_teacher(tuned, tmp_path, cached):
-  settings = [f"--config.distill.teacher={tuned}", f"--config.distill.cache_teacher={cached}"]
-  settings += ["--config.distill.label_weight=0.3", "--config.labels.fraction=0.1", "--config.model.depth=10"]
-  result = job("distill", tmp_path, *settings, "--config.model.width=0.0625")
-  assert result["labelled_examples"] == 20
-  assert result["train_examples"] == 200
-  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  row = next(row for row in rows if "train/loss" in row)
+@pytest.mark.devices(2)
+@pytest.mark.parametrize("name", ["finetune", "linear_eval", "distill"])
+def test_every_recipe_takes_micro_batches_and_sharded_parameters(request, pretrained, tmp_path, monkeypatch, name):
+  monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 2**8)
+  states, create = [], state_lib.create
+  monkeypatch.setattr(state_lib, "create", lambda *arguments: states.append(create(*arguments)) or states[-1])
+  settings = [f"{name}.micro_batches=2", "sharding.parameters=sharded", f"{name}.total_epochs=0.1"]
+  if name == "distill":
+    settings += [f"distill.teacher={request.getfixturevalue('tuned')}", "distill.label_weight=0.5"]
+  else:
+    settings += [f"checkpoint={pretrained}"]
+  job(name, tmp_path, *options(*settings))
+  assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(states[0].params["encoder"]))
+  assert result_of(tmp_path)["steps"] == 1
+  row = training_rows(tmp_path)[1]
+  assert np.isfinite(row["train/grad_norm"])
+  if name == "finetune":
+    # The classifier starts at zero: the first loss does not depend on the features, its gradient does, and so shows
+    # that BatchNorm took its statistics over each part.
+    whole = training_rows(request.getfixturevalue("finetuned"))[1]
+    assert row["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-6)
+    assert row["train/grad_norm"] != pytest.approx(whole["train/grad_norm"], rel=1e-4)
+    assert row["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.5)
+
+
+LABELS = ("distill.label_weight=0.3", "labels.fraction=0.25")
+
+
+def assert_student_of(tuned, workdir):
+  """Checks the result of a distillation with the settings LABELS."""
+  result, row = result_of(workdir), training_rows(workdir)[1]
+  assert (result["train_examples"], result["labelled_examples"]) == (80, 20)
   wanted = 0.7 * row["train/distill_loss"] + 0.3 * row["train/supervised_loss"]
   assert row["train/loss"] == pytest.approx(wanted, rel=1e-5)
-  assert checkpoint.classes(str(tmp_path)) == 10
+  assert checkpoint.open(str(workdir)).classes == checkpoint.open(str(tuned)).classes
 
 
-@shares_a_run
-def test_a_student_that_was_stopped_goes_on_bit_for_bit(tuned, tmp_path):
-  settings = [f"--config.distill.teacher={tuned}", "--config.model.width=0.0625", "--config.distill.total_epochs=0.3"]
-  settings += ["--config.checkpoint_every_steps=1", "--config.keep_checkpoints=9", "--config.log_every_steps=1"]
+def test_a_student_learns_from_the_cached_logits_of_its_teacher(tuned, tmp_path):
+  job("distill", tmp_path, *options(f"distill.teacher={tuned}", "distill.cache_teacher=true", *LABELS))
+  assert_student_of(tuned, tmp_path)
+
+
+def test_a_student_beside_its_teacher_continues_bit_for_bit(tuned, tmp_path):
+  settings = [f"distill.teacher={tuned}", "distill.cache_teacher=false", "distill.total_epochs=0.4", *LABELS]
+  settings = options(*settings, "checkpoint_every_steps=1", "keep_checkpoints=9")
   job("distill", tmp_path, *settings)
-  whole, rows = arrays_of(tmp_path), (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert_student_of(tuned, tmp_path)
+  whole, rows = runs.arrays(tmp_path), training_rows(tmp_path)
+  assert set(rows) == {1, 2, 3}
   # As a kill after the second step leaves the folder: later rows may be there, a later checkpoint is not.
-  for step in (tmp_path / "checkpoints").iterdir():
-    if int(step.name) > 2:
-      shutil.rmtree(step)
+  shutil.rmtree(tmp_path / "checkpoints" / "3")
   (tmp_path / "result.json").unlink()
   job("distill", tmp_path, *settings)
-  again = arrays_of(tmp_path)
+  again = runs.arrays(tmp_path)
   assert again.keys() == whole.keys()
   assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
-  losses = lambda lines: [json.loads(line).get("train/loss") for line in lines]
-  assert losses((tmp_path / "metrics.jsonl").read_text().splitlines()) == losses(rows)
+  assert training_rows(tmp_path) == rows
 
 
-@shares_a_run
-def test_a_stored_classifier_counts_as_it_did_when_it_was_trained(tuned, tmp_path):
+def test_a_stored_classifier_counts_as_when_it_was_trained(tuned, tmp_path):
   argv = [f"--config.checkpoint={tuned}", "--config.linear_eval.protocol=stored", f"--workdir={tmp_path}"]
   assert command.main(["linear_eval", *argv]) == 0
-  ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path, tuned))
+  ours, theirs = result_of(tmp_path), result_of(tuned)
   for name in ("eval/top1", "eval/top5", "eval/examples", "layer"):
     assert ours[name] == theirs[name]
   assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-6)
 
 
-@shares_a_run
-def test_without_a_config_the_student_is_the_teacher_s_like(tuned, tmp_path):
+def test_without_a_config_the_student_is_built_like_the_teacher(tuned, tmp_path):
   argv = [f"--config.distill.teacher={tuned}", "--config.checkpoint=", f"--workdir={tmp_path}"]
   assert command.main(["distill", *argv, "--config.distill.images=labelled"]) == 0
-  ours, theirs = arrays_of(tmp_path), arrays_of(tuned)
-  assert {name: array.shape for name, array in ours.items()} == {name: array.shape for name, array in theirs.items()}
-  assert json.loads((tmp_path / "result.json").read_text())["train_examples"] == 100
+  ours, theirs = ({n: x.shape for n, x in runs.arrays(run).items() if "['model']" in n} for run in (tmp_path, tuned))
+  assert ours == theirs
+  assert result_of(tmp_path)["train_examples"] == 40
 
 
-@shares_a_run
 @pytest.mark.parametrize(
   ("name", "settings", "words"),
   [
+    ("finetune", ["finetune.micro_batches=3"], "config.finetune.batch_size 16 in 3 micro-batches does not split"),
+    ("finetune", ["finetune.micro_batches=0"], "micro_batches is 0; use 1"),
     ("finetune", ["head.finetune_from=3"], "config.head.finetune_from is 3 and the projection head has 2 layers"),
     ("finetune", ["finetune.after_block=5"], "config.finetune.after_block is 5"),
     ("finetune", ["labels.fraction=0"], "config.labels.fraction is 0"),
-    ("finetune", ["labels.ids=absent.txt"], 'no file "absent.txt"'),
-    ("finetune", ["checkpoint=RUN", "model.width=0.25"], "config.model.width = 0.125, not 0.25"),
+    ("finetune", ["labels.ids=absent.txt"], 'absent.txt" for config.labels.ids'),
+    ("finetune", ["checkpoint=RUN", "model.width=0.25"], "config.model.width = 0.0625, not 0.25"),
     ("finetune", ["checkpoint=RUN", "head.layers=3", "head.finetune_from=1"], "config.head.layers = 2, not 3"),
     ("distill", [], "distill has no teacher"),
     ("distill", ["distill.teacher=RUN", "distill.temperature=0"], "config.distill.temperature is 0.0"),
@@ -312,5 +235,6 @@ def test_without_a_config_the_student_is_the_teacher_s_like(tuned, tmp_path):
   ],
 )
 def test_what_does_not_fit_is_said_in_one_line(pretrained, tmp_path, capsys, name, settings, words):
-  job(name, tmp_path, *(f"--config.{text.replace('RUN', str(pretrained))}" for text in settings), code=2)
+  overrides = options(*(text.replace("RUN", str(pretrained)) for text in settings))
+  assert command.main([name, *TINY, f"--workdir={tmp_path}", *overrides]) == 2
   assert words in capsys.readouterr().err

@@ -135,6 +135,7 @@ def lars_trajectory(arrays, decay, dtype):
     yield paths, flat(params), flat(buffers)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_lars_gives_the_references_parameters_and_buffers_after_every_step(reference, dtype):
   arrays = reference("lars")
@@ -189,7 +190,7 @@ def rows_of(mask):
 
 
 def test_the_masks_of_a_network_are_this_table(network):
-  adapted, normalization = rows_of(optim.lars_mask(network)), rows_of(optim.batch_norm_mask(network))
+  adapted, normalization = rows_of(optim.lars_mask(network)), rows_of(optim.normalization_mask(network))
   table = """
     encoder/stem_conv1/kernel                                adapted
     encoder/stem_bn1/scale                                   -         normalization
@@ -220,7 +221,7 @@ def test_only_kernels_outside_of_linear_heads_are_adapted(network):
 
 
 def test_batch_norm_is_every_leaf_of_a_module_named_bn_and_no_other(network):
-  for name, normalization in rows_of(optim.batch_norm_mask(network)).items():
+  for name, normalization in rows_of(optim.normalization_mask(network)).items():
     assert normalization == ("bn" in name.split("/")[-2]), name
 
 
@@ -234,7 +235,7 @@ def test_any_module_named_like_a_linear_head_is_left_alone_by_lars():
 def test_masks_fit_trees_of_lists_too():
   params = {"layers": [{"kernel": jnp.ones(2), "bias": jnp.ones(2)}, {"scale": jnp.ones(2), "bias": jnp.ones(2)}]}
   assert optim.lars_mask(params)["layers"][0] == {"kernel": True, "bias": False}
-  assert optim.batch_norm_mask(params)["layers"] == [
+  assert optim.normalization_mask(params)["layers"] == [
     {"kernel": False, "bias": False},
     {"scale": True, "bias": True},
   ]
@@ -308,11 +309,11 @@ DECAYED["adam"] = DECAYED["momentum"]
 
 
 @pytest.mark.parametrize("name", DECAYED)
-def test_each_optimizer_with_the_l2_term_takes_the_steps_of_the_twins_in_float64(name, x64):
+def test_each_optimizer_with_the_l2_term_takes_the_twins_steps_in_float64(name, x64):
   names = (*DECAYED["adam"], "encoder/bn/scale", "encoder/bn/bias")
   rng, decay, rates = np.random.default_rng(0), 0.3, np.array([0.5, 1.0, 0.7, 0.2])
   start = {leaf: rng.normal(size=4) for leaf in names}
-  pulls = {leaf: rng.normal(size=(4, 4)) for leaf in names}
+  gradients = {leaf: rng.normal(size=(4, 4)) for leaf in names}
   schedule = lambda step: jnp.asarray(rates)[step]
   tx = {
     "lars": lambda: optim.lars(schedule, weight_decay=decay),
@@ -323,10 +324,10 @@ def test_each_optimizer_with_the_l2_term_takes_the_steps_of_the_twins_in_float64
   params = unflatten({leaf: jnp.asarray(w) for leaf, w in start.items()})
   opt_state = tx.init(params)
   for step in range(len(rates)):
-    pull = unflatten({leaf: grads[step] for leaf, grads in pulls.items()})
+    direction = unflatten({leaf: grads[step] for leaf, grads in gradients.items()})
 
-    def loss_fn(params, pull=pull):
-      linear = sum(jnp.sum(w * g) for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(pull), strict=True))
+    def loss_fn(params, direction=direction):
+      linear = sum(jnp.sum(w * g) for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(direction), strict=True))
       return linear + optim.weight_decay_loss(params, decay, optimizer=name)
 
     updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
@@ -335,7 +336,7 @@ def test_each_optimizer_with_the_l2_term_takes_the_steps_of_the_twins_in_float64
   for leaf, got in flax.traverse_util.flatten_dict(params, sep="/").items():
     w, grads, buffer, where = start[leaf], [], 0.0, DECAYED[name].get(leaf)
     for step, rate in enumerate(rates):
-      grads.append(pulls[leaf][step] + (decay * w if where == "loss" else 0))
+      grads.append(gradients[leaf][step] + (decay * w if where == "loss" else 0))
       if name == "lars":
         knobs = {"weight_decay": decay, "momentum": 0.9, "trust_coefficient": 0.001, "adapted": where == "optimizer"}
         w, buffer = numpy_reference.lars_step(w, buffer, grads[-1], rate, **knobs)

@@ -27,6 +27,7 @@ def start(out, *together):
 
 
 @pytest.mark.slow
+@pytest.mark.devices(8)
 def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))

@@ -9,6 +9,8 @@ from jax.sharding import AxisType
 from simclr_jax import errors
 from simclr_jax.hardware import sharding
 
+pytestmark = pytest.mark.devices(8)
+
 
 def test_the_mesh_has_one_automatic_axis_over_all_devices():
   mesh = sharding.data_mesh()
@@ -35,7 +37,7 @@ def test_each_processs_devices_are_together_and_in_process_order():
   assert [d.id for d in mesh.devices] == [1, 3, 5, 7, 0, 2, 4, 6]
 
 
-def test_a_global_batch_holds_the_rows_in_order_an_equal_part_on_each_device():
+def test_a_global_batch_holds_equal_parts_of_the_rows_in_order():
   mesh = sharding.data_mesh()
   rows = {
     "views": np.random.default_rng(0).random((16, 2, 3), np.float32),
@@ -56,6 +58,28 @@ def test_replicated_arrays_are_whole_on_every_device():
   array = jax.device_put(jnp.arange(5), sharding.replicated(mesh))
   assert array.is_fully_replicated
   assert len(array.addressable_shards) == 8
+
+
+@pytest.mark.parametrize(("length", "rows"), [(16, None), (13, None), (13, 24), (3, 8)])
+def test_placed_rows_are_split_in_order_and_padded_with_zeros(length, rows):
+  mesh = sharding.data_mesh()
+  array = np.random.default_rng(0).random((length, 3), np.float32) + 1
+  placed = sharding.place_rows(array, mesh, rows)
+  assert placed.sharding == sharding.batched(mesh)
+  assert len(placed) == (rows or 16)
+  np.testing.assert_array_equal(placed[:length], array)
+  np.testing.assert_array_equal(placed[length:], 0)
+
+
+def test_replicated_rows_are_padded_and_cast_on_every_device():
+  mesh = sharding.data_mesh()
+  array = np.arange(6, dtype=np.int32).reshape(3, 2)
+  placed = sharding.replicate(array, mesh, 5, np.float32)
+  assert placed.dtype == np.float32
+  assert len(placed.addressable_shards) == 8
+  for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, np.pad(array, ((0, 2), (0, 0))))
+  np.testing.assert_array_equal(sharding.replicate(array, mesh), array)
 
 
 def test_embeddings_can_be_multiplied_with_each_other_under_jit():

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import simclr_jax
+from simclr_jax import config as config_lib
 from simclr_jax import losses
 from simclr_jax.data import composition
 from simclr_jax.studies import definitions, grid
-from simclr_jax.training import checkpoint
 
 DEMO = str(pathlib.Path(__file__).parents[1] / "configs" / "study_demo.py")
 
@@ -18,7 +18,7 @@ DEMO = str(pathlib.Path(__file__).parents[1] / "configs" / "study_demo.py")
 @pytest.mark.parametrize("name", definitions.STUDIES)
 def test_cells_set_keys_of_the_config_and_differ_from_each_other(name):
   definition = definitions.STUDIES[name]
-  base = checkpoint.flat(simclr_jax.load_config(DEMO).to_dict())
+  base = config_lib.flat(simclr_jax.load_config(DEMO).to_dict())
   by_folder = {}
   for row in definition.rows.default(base):
     for column in definition.columns.default(base):
@@ -80,7 +80,7 @@ def finish(monkeypatch):
 @pytest.mark.parametrize("name", definitions.STUDIES)
 def test_every_study_is_drawn_with_the_published_accuracies(tmp_path, finish, name):
   definition, config = definitions.STUDIES[name], simclr_jax.load_config(DEMO)
-  base = checkpoint.flat(config.to_dict())
+  base = config_lib.flat(config.to_dict())
   cells = grid.Grid(
     name, config, str(tmp_path), "linear", definition.rows.default(base), definition.columns.default(base)
   )

@@ -11,7 +11,6 @@ import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent import futures
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -19,26 +18,14 @@ from PIL import Image
 from simclr_jax import errors
 from simclr_jax.data import source as source_lib
 
-if TYPE_CHECKING:
-  from simclr_jax.data import stored
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays(source_lib.Source):
-  """One split of images in memory.
-
-  Attributes:
-    name: for messages.
-    images: u8[N, H, W, 3], or object[N] of bytes, encoded images of any size.
-    example_labels: i32[N], -1 without labels; see `Source.labels`.
-    class_names: one for each class; empty without labels.
-    example_names: names of the examples; empty where they have none.
-    multi_label: whether an image has any number of classes.
-  """
+  """One split of images in memory; for the fields of every source see `source.Source`."""
 
   name: str
-  images: np.ndarray
-  example_labels: np.ndarray
+  images: np.ndarray  # u8[N, H, W, 3], or object[N] of bytes, encoded images of any size
+  example_labels: np.ndarray  # i32[N], -1 without labels; see `Source.labels`
   class_names: tuple[str, ...]
   example_names: tuple[str, ...] = ()
   multi_label: bool = False
@@ -47,39 +34,8 @@ class Arrays(source_lib.Source):
   def num_examples(self) -> int:
     return len(self.images)
 
-  @property
-  def has_names(self) -> bool:
-    return bool(self.example_names)
-
-  def names(self) -> tuple[str, ...]:
-    return self.example_names or tuple(map(str, range(self.num_examples)))
-
   def labels(self) -> np.ndarray:
     return self.example_labels
-
-  def take(self, rows: np.ndarray) -> Arrays:
-    names = tuple(self.example_names[row] for row in rows) if self.example_names else ()
-    return dataclasses.replace(
-      self,
-      name=f"{self.name}, {len(rows)} of {self.num_examples}",
-      images=self.images[rows],
-      example_labels=self.example_labels[rows],
-      example_names=names,
-    )
-
-  def consecutive(self, begin: int, end: int) -> Arrays:
-    return dataclasses.replace(
-      self,
-      name=f"{self.name}, rows {begin} to {end}",
-      images=self.images[begin:end],
-      example_labels=self.example_labels[begin:end],
-      example_names=self.example_names[begin:end] or tuple(map(str, range(begin, end))),
-    )
-
-  def sample(self, count: int, seed: int) -> Arrays:
-    if count >= self.num_examples:
-      return self
-    return self.take(np.sort(np.random.default_rng(seed).permutation(self.num_examples)[:count]))
 
   def decoded(self) -> Arrays:
     if self.images.dtype == np.uint8:
@@ -98,24 +54,21 @@ class Arrays(source_lib.Source):
       list(pool.map(fill, range(self.num_examples)))
     return dataclasses.replace(self, images=images)
 
-  def stored(self) -> stored.Stored:
+  def stored(self) -> source_lib.Source:
     if importlib.util.find_spec("tensorflow") is None:
       raise errors.UserError(
         f"{self.name} is streamed by TensorFlow, which is not installed; install it, or set data.resident=true."
       )
     from simclr_jax.data import stored
 
-    return stored.Stored(
-      self.name,
-      class_names=self.class_names,
-      read=lambda content, label: (content, label),
-      examples=stored.on_host(self.images, self.example_labels),
-      example_names=self.example_names,
-      multi_label=self.multi_label,
-    )
+    fields = {"example_names": self.example_names, "multi_label": self.multi_label}
+    examples = stored.on_host(self.images, self.example_labels)
+    return stored.Stored(self.name, self.class_names, lambda *example: example, examples, **fields)
+
+  def _at(self, rows):
+    return {"images": self.images[rows], "example_labels": self.example_labels[rows]}
 
   def _decode(self, number: int) -> np.ndarray:
-    """Returns one image, u8[H, W, 3]."""
     try:
       with Image.open(io.BytesIO(self.images[number])) as image:
         return np.asarray(image.convert("RGB"))
@@ -124,12 +77,13 @@ class Arrays(source_lib.Source):
 
 
 def open(request: source_lib.Request) -> Arrays:
-  """Returns the split `request.split` of the .npz file `request.data_dir`; see `from_mapping`.
+  """Returns the split `request.split` of the .npz file `request.data_dir`.
 
   Raises:
-    UserError: there is no such file or split, or its arrays have another form.
+    UserError: there is no such file, or see `from_mapping`.
   """
-  return from_npz(request.data_dir, request.split)
+  with _npz(request.data_dir) as file:
+    return from_mapping(file, request.split, name=os.path.basename(request.data_dir))
 
 
 def split_names(request: source_lib.Request) -> tuple[str, ...]:
@@ -139,13 +93,10 @@ def split_names(request: source_lib.Request) -> tuple[str, ...]:
 
 
 def from_mapping(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "arrays") -> Arrays:
-  """Returns a split of named arrays.
+  """Returns a split of named arrays; `name` is for messages.
 
-  Args:
-    arrays: for each split S either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets` int[N + 1], where
-      bytes[offsets[i] : offsets[i + 1]] is the encoded image i; `S_labels` int[N] and `class_names` are optional.
-    split: the name S.
-    name: for messages.
+  The arrays of a split S are either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets` int[N + 1], where
+  bytes[offsets[i] : offsets[i + 1]] is the encoded image i; `S_labels` int[N] and `class_names` are optional.
 
   Raises:
     UserError: there is no such split, or its arrays have another form.
@@ -173,12 +124,6 @@ def from_mapping(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "a
   return Arrays(f"{name} ({split})", images, labels, names[:num_classes])
 
 
-def from_npz(path: str, split: str) -> Arrays:
-  """Returns a split of the arrays in an .npz file; see `from_mapping`."""
-  with _npz(path) as file:
-    return from_mapping(file, split, name=os.path.basename(path))
-
-
 def check_any(source: source_lib.Source) -> None:
   """Raises a UserError for a split without images."""
   if not source.num_examples:
@@ -196,7 +141,6 @@ def check_size(image: np.ndarray, first: np.ndarray, number: int, name: str) -> 
 
 @contextlib.contextmanager
 def _npz(path: str) -> Iterator[Mapping[str, np.ndarray]]:
-  """Opens an .npz file as a mapping."""
   if not os.path.isfile(path):
     raise errors.UserError(f'no file "{path}" for the source arrays; set data_dir to an .npz file.')
   with pathlib.Path(path).open("rb") as stream:
@@ -210,7 +154,6 @@ def _npz(path: str) -> Iterator[Mapping[str, np.ndarray]]:
 
 
 def _splits_in(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-  """Returns the sorted names of the splits among named arrays."""
   return tuple(sorted({key.rsplit("_", 1)[0] for key in arrays if key.endswith(("_images", "_bytes"))}))
 
 
@@ -220,9 +163,8 @@ def _encoded(arrays: Mapping[str, np.ndarray], split: str, name: str) -> np.ndar
     raise errors.UserError(f"{name} has {split}_bytes but no {split}_offsets; add them, int[N + 1].")
   data = np.asarray(arrays[f"{split}_bytes"], np.uint8)
   offsets = np.asarray(arrays[f"{split}_offsets"], np.int64)
-  if (
-    offsets.ndim != 1 or len(offsets) < 1 or np.any(np.diff(offsets) <= 0) or offsets[0] < 0 or offsets[-1] > len(data)
-  ):
+  rising = offsets.ndim == 1 and len(offsets) > 0 and np.all(np.diff(offsets) > 0)
+  if not rising or offsets[0] < 0 or offsets[-1] > len(data):
     raise errors.UserError(f"{split}_offsets of {name} do not cut its {len(data)} bytes; wanted int[N + 1], rising.")
   return np.array([data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)], object)
 

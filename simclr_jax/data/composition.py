@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from simclr_jax import errors
 from simclr_jax.data import device_augment
-from simclr_jax.data import distortion as distortion_lib
+from simclr_jax.data.distortion import Distortion
 
 OPERATIONS = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
 
@@ -49,32 +49,8 @@ def codes(text: str) -> np.ndarray:
   return np.array(numbers + [NOTHING] * (LEAST_CODES - len(numbers)), np.int32)
 
 
-def pairs_of_images(
-  images: jax.Array,
-  keys: jax.Array,
-  operations: ArrayLike,
-  distortion: distortion_lib.Distortion,
-  *,
-  dtype: DTypeLike = jnp.float32,
-) -> jax.Array:
-  """Returns `pairs_of_crops` of a random crop of each image, which is never mirrored.
-
-  Args:
-    images: u8[N, H, W, 3], or float in [0, 1].
-    keys, operations, dtype: see `pairs_of_crops`.
-    distortion: of the crop, and of the operations as in `pairs_of_crops`.
-  """
-  crops = device_augment.train_view(images, keys, dataclasses.replace(distortion, flip=False))
-  return pairs_of_crops(crops, keys, operations, distortion, dtype=dtype)
-
-
 def pairs_of_crops(
-  crops: jax.Array,
-  keys: jax.Array,
-  operations: ArrayLike,
-  distortion: distortion_lib.Distortion,
-  *,
-  dtype: DTypeLike = jnp.float32,
+  crops: jax.Array, keys: jax.Array, operations: ArrayLike, distortion: Distortion, *, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
   """Returns each crop beside the same crop after the operations, `dtype`[N, 2, S, S, 3] in [0, 1].
 
@@ -82,7 +58,7 @@ def pairs_of_crops(
 
   Args:
     crops: u8[N, S, S, 3], or float in [0, 1].
-    keys: key[N], of `device_augment.example_keys`; the random numbers of an example depend on its key alone.
+    keys: key[N]; the random numbers of an example depend on its key alone.
     operations: i32[K], of `codes`, applied in this order; a repeated one has other random numbers.
     distortion: its colours are those of the operation `color`, its areas and aspects those of `crop`.
     dtype: of the result, which is computed in at least float32.
@@ -106,10 +82,7 @@ def sobel(images: jax.Array) -> jax.Array:
   """Returns the magnitude of each channel's gradient by Sobel's kernels, float[..., H, W, 3] in [0, 1].
 
   An edge from 0 to 1 gives 1; larger values (at corners) are clipped. The border is padded by reflection without
-  repeating the outermost pixels, as in TensorFlow's `sobel_edges`.
-
-  Args:
-    images: float[..., H, W, 3] in [0, 1], at least two pixels high and wide.
+  repeating the outermost pixels, as in TensorFlow's `sobel_edges`, so `images` are at least two pixels high and wide.
   """
   padded = jnp.pad(images, [(0, 0)] * (images.ndim - 3) + [(1, 1), (1, 1), (0, 0)], mode="reflect")
   smooth = lambda x, axis: _shifted(x, 0, axis) + 2 * _shifted(x, 1, axis) + _shifted(x, 2, axis)
@@ -121,9 +94,7 @@ def sobel(images: jax.Array) -> jax.Array:
 def cutout(images: jax.Array, center: ArrayLike) -> jax.Array:
   """Returns float[N, S, S, 3] with a square, whose side is CUTOUT_SHARE of S, filled with CUTOUT_FILL.
 
-  Args:
-    images: float[N, S, S, 3].
-    center: i32[N, 2], row and column of the square, which may extend over the image's border.
+  `center` i32[N, 2] is the row and column of the square, which may extend over the image's border.
   """
   size = images.shape[-2]
   side = int(CUTOUT_SHARE * size)
@@ -145,10 +116,10 @@ def rotate(images: jax.Array, quarters: jax.Array) -> jax.Array:
   return jnp.where(quarters == 1, turned[0], jnp.where(quarters == 2, turned[1], turned[2]))
 
 
-def crop_boxes(keys: jax.Array, distortion: distortion_lib.Distortion) -> jax.Array:
+def crop_boxes(keys: jax.Array, distortion: Distortion) -> jax.Array:
   """Returns random crops i32[N, 4] of square images of `distortion.size` pixels; see `device_augment.crop_box`."""
-  box = functools.partial(device_augment.crop_box, area=distortion.area, aspect=distortion.aspect)
-  return jax.vmap(lambda key: box(key, distortion.size, distortion.size))(keys)
+  size, ranges = distortion.size, {"area": distortion.area, "aspect": distortion.aspect}
+  return jax.vmap(lambda key: device_augment.crop_box(key, size, size, **ranges))(keys)
 
 
 def centers(keys: jax.Array, size: int) -> jax.Array:
@@ -190,5 +161,5 @@ def _apply(name, images, keys, distortion):
 
 
 def _shifted(padded, start, axis):
-  """Returns `padded` from `start` on along an axis, two entries shorter than it."""
+  """Returns `padded` from `start` on along an axis, two entries shorter."""
   return jax.lax.slice_in_dim(padded, start, padded.shape[axis] - 2 + start, axis=axis % padded.ndim)

@@ -6,30 +6,27 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from simclr_jax.data import distortion as distortion_lib
+from simclr_jax.data.distortion import Distortion
 
 # Without it a TPU rounds the operands of a float32 product to bfloat16, and a GPU to TF32.
 PRECISION = jax.lax.Precision.HIGHEST
-# Points per pixel in TensorFlow's table of the cubic kernel; positions are rounded to them.
-CUBIC_POINTS = 1024
-# A standard deviation in pixels at which all taps of the blur but the middle one are exactly zero.
-NO_BLUR = 1e-3
-
+CUBIC_POINTS = 1024  # per pixel in TensorFlow's table of the cubic kernel; positions are rounded to them
+NO_BLUR = 1e-3  # a standard deviation in pixels at which all taps of the blur but the middle one are exactly zero
 # Said outright: with the generator `rbg`, what vmap draws for one key depends on the other keys.
 GENERATOR = "threefry2x32"
-
 CONTRAST, SATURATION, HUE = 1, 2, 3  # their numbers in `order`; 0 is brightness
 
 
 def brightness(image: jax.Array, factor: ArrayLike, additive: bool = False) -> jax.Array:
   """Returns `image` times `factor` (SimCLR v2), or plus `factor` (v1); float[..., H, W, 3], not clipped."""
-  planes = _planes(_wide(image))
+  planes = _planes(image)
   factor = _per_image(factor, planes[0].dtype)
   return _image([x + factor if additive else x * factor for x in planes], image.dtype)
 
 
 def contrast(image: jax.Array, factor: ArrayLike) -> jax.Array:
   """Returns float[..., H, W, 3] with each channel's distance from its mean scaled; not clipped."""
-  planes = _planes(_wide(image))
+  planes = _planes(image)
   factor = _per_image(factor, planes[0].dtype)
   means = [_mean(x) for x in planes]
   return _image([(x - mean) * factor + mean for x, mean in zip(planes, means, strict=True)], image.dtype)
@@ -37,23 +34,25 @@ def contrast(image: jax.Array, factor: ArrayLike) -> jax.Array:
 
 def saturation(image: jax.Array, factor: ArrayLike) -> jax.Array:
   """Returns float[..., H, W, 3] with the HSV saturation scaled by `factor` and clipped to [0, 1]."""
-  planes = _planes(_wide(image))
+  planes = _planes(image)
   return _image(_recolored(planes, True, _per_image(factor, planes[0].dtype), 0.0), image.dtype)
 
 
 def hue(image: jax.Array, factor: ArrayLike) -> jax.Array:
   """Returns float[..., H, W, 3] with the HSV hue shifted by `factor` turns."""
-  planes = _planes(_wide(image))
+  planes = _planes(image)
   return _image(_recolored(planes, False, 1.0, _per_image(factor, planes[0].dtype)), image.dtype)
 
 
 def to_grayscale(image: jax.Array) -> jax.Array:
   """Returns float[..., H, W, 3], the luma of `image` in all three channels."""
-  return _image([_luma(_planes(_wide(image)))] * 3, image.dtype)
+  return _image([_luma(_planes(image))] * 3, image.dtype)
 
 
-def color_jitter(image: jax.Array, factors: ArrayLike, order: ArrayLike, additive: bool = False) -> jax.Array:
-  """Returns `image` after the four colour operations, clipped to [0, 1] after each.
+def color_jitter(
+  image: jax.Array, factors: ArrayLike, order: ArrayLike, additive: bool = False, dtype: DTypeLike | None = None
+) -> jax.Array:
+  """Returns `dtype`[..., H, W, 3] after the four colour operations, clipped to [0, 1] after each.
 
   There are no branches: at each of the four positions both an affine map (brightness or contrast) and a change of
   saturation or hue are computed, and the image's order selects one of the two.
@@ -63,23 +62,40 @@ def color_jitter(image: jax.Array, factors: ArrayLike, order: ArrayLike, additiv
     factors: f32[..., 4], of brightness, contrast, saturation and hue, per image; f32[4] for all images.
     order: i32[..., 4], a permutation of the numbers 0 to 3 of these operations: the order in which they are applied.
     additive: whether the brightness factor is added.
+    dtype: of the result of each operation, which computes in at least float32; None for the image's.
   """
-  return _jittered(image, factors, order, additive, image.dtype)
+  dtype = image.dtype if dtype is None else dtype
+  wide = jnp.promote_types(image.dtype, jnp.float32)
+  factors, order = jnp.asarray(factors, wide), jnp.asarray(order)
+  bright, contrasted, saturated, turn = (_per_image(factors[..., i], wide) for i in range(4))
+
+  def step(image, operation):
+    operation = _per_image(operation)
+    planes = _planes(image)
+    # Brightness and contrast are both affine: a factor and a constant for each channel.
+    factor = jnp.where(operation == CONTRAST, contrasted, 1.0 if additive else bright)
+    constant = bright if additive else 0.0
+    means = [_mean(x) for x in planes]
+    shifts = [jnp.where(operation == CONTRAST, (1.0 - contrasted) * mean, constant) for mean in means]
+    plain = [factor * x + shift for x, shift in zip(planes, shifts, strict=True)]
+    colored = _recolored(planes, operation == SATURATION, saturated, jnp.where(operation == HUE, turn, 0.0))
+    planes = [jnp.where(operation < SATURATION, x, y) for x, y in zip(plain, colored, strict=True)]
+    return _image([jnp.clip(x, 0.0, 1.0) for x in planes], dtype), None
+
+  # A scan rather than four copies: the body is compiled once, and its results are stored, see `distorted_pairs`.
+  return jax.lax.scan(step, image.astype(dtype), jnp.moveaxis(order, -1, 0))[0]
 
 
 def gaussian_blur(image: jax.Array, sigma: ArrayLike, size: int) -> jax.Array:
   """Returns float[..., H, W, 3] blurred by a Gaussian of 2 * (size // 2) + 1 taps, with zero padding.
 
   Both passes are batched products with band matrices, because a convolution would need a loop over images that have
-  different kernels.
-
-  Args:
-    image: float[..., H, W, 3]; bfloat16 stays the operands' type in the products.
-    sigma: f32[...], the standard deviation in pixels, per image or f32[] for all.
-    size: in the reference a tenth of the image's side: 23, 9, 7 and 3 taps for 224, 96, 64 and 32 pixels.
+  different kernels. A bfloat16 image is multiplied in bfloat16. `sigma` is the standard deviation in pixels, f32[...]
+  per image or f32[] for all; `size` is a tenth of the image's side in the reference: 23, 9, 7 and 3 taps for 224, 96,
+  64 and 32 pixels.
   """
   radius = size // 2
-  variance = jnp.square(jnp.asarray(sigma, _wide(image).dtype))[..., None]
+  variance = jnp.square(jnp.asarray(sigma, jnp.promote_types(image.dtype, jnp.float32)))[..., None]
   x = jnp.arange(-radius, radius + 1, dtype=variance.dtype)
   taps = jnp.exp(-jnp.square(x).reshape([1] * (variance.ndim - 1) + [-1]) / (2.0 * variance))
   taps /= taps.sum(-1, keepdims=True)
@@ -103,12 +119,8 @@ def crop_box(
   """Returns a random crop i32[4] (y, x, height, width), distributed as TensorFlow's sample_distorted_bounding_box.
 
   All attempts are drawn at once and the first valid one is taken, which has the distribution of TensorFlow's loop.
-
-  Args:
-    key: of one crop.
-    height, width: of the image.
-    area: range of the crop's area as a share of the image's; crops below a share of 0.1 are never taken.
-    aspect: range of width / height.
+  `area` is the range of the crop's area as a share of the image's (crops below a share of 0.1 are never taken),
+  `aspect` that of width / height.
   """
   numbers = jax.random.uniform(key, [2 * distortion_lib.ATTEMPTS + 2], jnp.float32)
   ratio = aspect[0] + (aspect[1] - aspect[0]) * numbers[: distortion_lib.ATTEMPTS]
@@ -138,14 +150,11 @@ def crop_box(
 def crop_and_resize(image: jax.Array, box: ArrayLike, size: int) -> jax.Array:
   """Returns float[..., size, size, 3], a crop resized: bicubic, half-pixel centres, no antialiasing, not clipped.
 
-  Args:
-    image: float[..., H, W, 3], or u8, which is divided by 255.
-    box: int[..., 4], (y, x, height, width), per image or int[4] for all.
-    size: height and width of the result.
+  `image` is float[..., H, W, 3], or u8, which is divided by 255; `box` is (y, x, height, width), int[..., 4] per image
+  or int[4] for all.
   """
   image = _unit(image, image.dtype)
-  rows, columns = _cubic_weights(box, image, size)
-  return _product(rows, columns, image)
+  return _product(*_cubic_weights(box, image, size), image)
 
 
 def center_crop(image: jax.Array, size: int) -> jax.Array:
@@ -164,19 +173,13 @@ def center_crop(image: jax.Array, size: int) -> jax.Array:
 
 
 def example_keys(seed: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
-  """Returns the keys key[N] of examples, each a function of its own (seed, epoch, index) alone.
-
-  Args:
-    seed: of the run.
-    epoch: i32[N].
-    index: i32[N], positions in the split.
-  """
+  """Returns the keys key[N] of examples, each a function of the seed and of its own epoch and index, i32[N], alone."""
   key = jax.random.key(seed, impl=GENERATOR)
   return jax.vmap(lambda epoch, index: jax.random.fold_in(jax.random.fold_in(key, epoch), index))(epoch, index)
 
 
 def distorted_pairs(
-  views: jax.Array, keys: jax.Array, distortion: distortion_lib.Distortion, *, dtype: DTypeLike = jnp.float32
+  views: jax.Array, keys: jax.Array, distortion: Distortion, *, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
   """Returns views after the random colours and blur, `dtype`[N, V, H, W, 3] in [0, 1].
 
@@ -186,54 +189,49 @@ def distorted_pairs(
   Args:
     views: u8[N, V, H, W, 3], or float (then not clipped before the first operation); V is 2 in pretraining.
     keys: key[N], of `example_keys`.
-    distortion: its size, crop and flip are ignored.
+    distortion: only its colours and blur are used.
     dtype: of the result and of the blur's products; the colours are computed in at least float32.
   """
   shape = [views.shape[1], 9]
   numbers = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), shape, jnp.float32))(keys)
   numbers = iter(jnp.moveaxis(numbers, -1, 0))  # each f32[N, V]
-  ranges = distortion_lib.color_ranges(distortion.color_strength, distortion.additive)
-  factors = [low + (high - low) * next(numbers) for low, high in ranges]
+  factors = [low + (high - low) * next(numbers) for low, high in distortion.color_ranges]
   orders = jnp.asarray(distortion_lib.ORDERS)
   order = orders[(next(numbers) * len(orders)).astype(jnp.int32)]
   probabilities = (distortion.color_probability, distortion.grayscale_probability, distortion.blur_probability)
   colored, gray, blurred = (next(numbers) < probability for probability in probabilities)
   low, high = distortion.blur_sigma
   sigma = jnp.where(blurred, low + (high - low) * next(numbers), NO_BLUR)
-  factors, order, colored, gray, sigma = _materialised((jnp.stack(factors, -1), order, colored, gray, sigma))
+  # Behind a barrier these are computed once and stored. On CPU, XLA would otherwise fuse the whole chain of operations
+  # and draw the numbers again at each use: 3 s instead of 10 ms.
+  numbers = (jnp.stack(factors, -1), order, colored, gray, sigma)
+  factors, order, colored, gray, sigma = jax.lax.optimization_barrier(numbers)
 
   views = _unit(views, dtype)
-  jittered = _jittered(views, factors, order, distortion.additive, dtype)
+  jittered = color_jitter(views, factors, order, distortion.additive, dtype)
   views = jnp.where(_per_image(colored)[..., None], jittered, views)
-  planes = _planes(_wide(views))
+  planes = _planes(views)
   planes = [jnp.clip(jnp.where(_per_image(gray), _luma(planes), x), 0.0, 1.0) for x in planes]
   views = _image(planes, dtype)
   if distortion.blur_probability > 0:
-    views = jnp.clip(gaussian_blur(_materialised(views), sigma, views.shape[-3] // 10), 0.0, 1.0)
+    views = jnp.clip(gaussian_blur(jax.lax.optimization_barrier(views), sigma, views.shape[-3] // 10), 0.0, 1.0)
   return views
 
 
 def two_views(
-  images: jax.Array, keys: jax.Array, distortion: distortion_lib.Distortion, *, dtype: DTypeLike = jnp.float32
+  images: jax.Array, keys: jax.Array, distortion: Distortion, *, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
   """Returns two independent views of each image for pretraining, `dtype`[N, 2, size, size, 3] in [0, 1].
 
-  Args:
-    images: u8[N, H, W, 3], or float in [0, 1].
-    keys: key[N], of `example_keys`.
-    distortion: its `resize` is ignored, the crops are bicubic.
-    dtype: as in `distorted_pairs`.
+  The crops, of images u8[N, H, W, 3] or float in [0, 1], are bicubic; `keys` and `dtype` are as in `distorted_pairs`.
   """
   return distorted_pairs(_cropped(images, keys, 2, distortion, dtype), keys, distortion, dtype=dtype)
 
 
-def train_view(images: jax.Array, keys: jax.Array, distortion: distortion_lib.Distortion) -> jax.Array:
-  """Returns a random crop and flip of each image, f32[N, size, size, 3] in [0, 1], as in supervised training.
+def train_view(images: jax.Array, keys: jax.Array, distortion: Distortion) -> jax.Array:
+  """Returns a random crop (bicubic) and flip of each image, f32[N, size, size, 3] in [0, 1], as in supervised training.
 
-  Args:
-    images: u8[N, H, W, 3], or float in [0, 1].
-    keys: key[N], of `example_keys`.
-    distortion: its colours, blur and `resize` are ignored.
+  `images` are u8[N, H, W, 3], or float in [0, 1]; `keys` key[N] are those of `example_keys`.
   """
   return jnp.clip(_cropped(images, keys, 1, distortion, jnp.float32)[:, 0], 0.0, 1.0)
 
@@ -294,29 +292,6 @@ def _product(rows, columns, image):
   return whole.astype(image.dtype)
 
 
-def _jittered(image, factors, order, additive, dtype):
-  """Returns `color_jitter` of `image`, stored as `dtype` between the operations, which compute in at least float32."""
-  wide = _wide(image).dtype
-  factors, order = jnp.asarray(factors, wide), jnp.asarray(order)
-  bright, contrasted, saturated, turn = (_per_image(factors[..., i], wide) for i in range(4))
-
-  def step(image, operation):
-    operation = _per_image(operation)
-    planes = _planes(_wide(image))
-    # Brightness and contrast are both affine: a factor and a constant for each channel.
-    factor = jnp.where(operation == CONTRAST, contrasted, 1.0 if additive else bright)
-    constant = bright if additive else 0.0
-    means = [_mean(x) for x in planes]
-    shifts = [jnp.where(operation == CONTRAST, (1.0 - contrasted) * mean, constant) for mean in means]
-    plain = [factor * x + shift for x, shift in zip(planes, shifts, strict=True)]
-    colored = _recolored(planes, operation == SATURATION, saturated, jnp.where(operation == HUE, turn, 0.0))
-    planes = [jnp.where(operation < SATURATION, x, y) for x, y in zip(plain, colored, strict=True)]
-    return _image([jnp.clip(x, 0.0, 1.0) for x in planes], dtype), None
-
-  # A scan rather than four copies: the body is compiled once, and its results are stored, see `_materialised`.
-  return jax.lax.scan(step, image.astype(dtype), jnp.moveaxis(order, -1, 0))[0]
-
-
 def _recolored(planes, saturates, factor, turn):
   """Returns the planes with their HSV saturation scaled by `factor` where `saturates`, their hue shifted by `turn`.
 
@@ -353,12 +328,9 @@ def _unit(image, dtype):
   return wide / 255.0 if image.dtype == jnp.uint8 else wide
 
 
-def _wide(image):
-  return image.astype(jnp.promote_types(image.dtype, jnp.float32))
-
-
 def _planes(image):
-  """Returns the three channels, each [..., H, W]: arithmetic between them is then elementwise."""
+  """Returns the three channels, each [..., H, W], in at least float32: arithmetic between them is then elementwise."""
+  image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
   return [image[..., channel] for channel in range(3)]
 
 
@@ -370,12 +342,3 @@ def _per_image(number, dtype=None):
   """Returns numbers [...], one per image, as [..., 1, 1] to broadcast over pixels; a scalar as it is."""
   number = jnp.asarray(number, dtype)
   return number[..., None, None] if number.ndim else number
-
-
-def _materialised(arrays):
-  """Returns the same arrays behind a barrier, so that XLA computes and stores them once.
-
-  XLA on CPU would otherwise fuse the whole chain of elementwise operations, and recompute its first ones, with the
-  image's random numbers, at each use: 3 s instead of 10 ms.
-  """
-  return jax.lax.optimization_barrier(arrays)

@@ -22,40 +22,32 @@ EVALUATION_SHARE = 0.875  # side of the evaluation's centre crop as a share of t
 class Distortion:
   """The parameters of a random view: crop, flip, colour jitter, grayscale and blur (Chen et al. 2020, appendix A).
 
-  Attributes:
-    size: height and width of the view in pixels.
-    min_area, max_area: range of the crop's area as a share of the image's.
-    aspect: range of the crop's width / height.
-    flip: whether a view is mirrored left to right with probability 0.5.
-    resize: interpolation of the crops that the host makes for the devices, one of RESIZES; all others are bicubic.
-    color_strength: s of the paper: factors of up to 1 + 0.8 s, hue shifts of up to 0.2 s turns.
-    brightness: one of BRIGHTNESS.
-    color_probability, grayscale_probability, blur_probability: how often each is applied; without blur at 0.
-    blur_sigma: range of the blur's standard deviation in pixels.
-
   Raises:
     UserError: `color_strength`, `brightness` or `resize` is not possible.
   """
 
-  size: int
-  min_area: float = 0.08
+  size: int  # height and width of the view in pixels
+  min_area: float = 0.08  # of the crop as a share of the image
   max_area: float = 1.0
-  aspect: tuple[float, float] = (3 / 4, 4 / 3)
-  flip: bool = True
-  resize: str = "bicubic"
-  color_strength: float = 1.0
-  brightness: str = "multiplicative"
+  aspect: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width / height
+  flip: bool = True  # whether a view is mirrored left to right with probability 0.5
+  resize: str = "bicubic"  # one of RESIZES, for the crops that the host makes for the devices; all others are bicubic
+  color_strength: float = 1.0  # s of the paper: factors of up to 1 + 0.8 s, hue shifts of up to 0.2 s turns
+  brightness: str = "multiplicative"  # one of BRIGHTNESS
   color_probability: float = 0.8
   grayscale_probability: float = 0.2
   blur_probability: float = 0.5
-  blur_sigma: tuple[float, float] = (0.1, 2.0)
+  blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's standard deviation in pixels
 
   def __post_init__(self):
-    check_color(self.color_strength, self.brightness)
-    if self.resize not in RESIZES:
+    if not 0.0 <= self.color_strength <= LARGEST_STRENGTH:
       raise errors.UserError(
-        f'unknown resize "{self.resize}"; use one of {", ".join(RESIZES)}{errors.nearest(self.resize, RESIZES)}'
+        f"color_strength {self.color_strength} is outside 0 to {LARGEST_STRENGTH}, above which contrast factors "
+        f"would be negative; use at most {LARGEST_STRENGTH}."
       )
+    for kind, name, known in (("brightness", self.brightness, BRIGHTNESS), ("resize", self.resize, RESIZES)):
+      if name not in known:
+        raise errors.UserError(f'unknown {kind} "{name}"; use one of {", ".join(known)}{errors.nearest(name, known)}')
 
   @property
   def area(self) -> tuple[float, float]:
@@ -67,23 +59,9 @@ class Distortion:
     """Whether the brightness factor is added rather than multiplied."""
     return self.brightness == "additive"
 
-
-def color_ranges(strength: float, additive: bool) -> list[tuple[float, float]]:
-  """Returns the ranges (low, high) of the factors of brightness, contrast, saturation and hue."""
-  spread, turn = 0.8 * strength, 0.2 * strength
-  least = max(0.0, 1.0 - spread)
-  ranges = [(-spread, spread) if additive else (least, 1.0 + spread)]
-  return ranges + [(1.0 - spread, 1.0 + spread)] * 2 + [(-turn, turn)]
-
-
-def check_color(color_strength: float, brightness: str) -> None:
-  """Raises a UserError for a colour strength out of range or an unknown kind of brightness."""
-  if not 0.0 <= color_strength <= LARGEST_STRENGTH:
-    raise errors.UserError(
-      f"color_strength {color_strength} is outside 0 to {LARGEST_STRENGTH}, above which contrast factors "
-      f"would be negative; use at most {LARGEST_STRENGTH}."
-    )
-  if brightness not in BRIGHTNESS:
-    raise errors.UserError(
-      f'unknown brightness "{brightness}"; use one of {", ".join(BRIGHTNESS)}{errors.nearest(brightness, BRIGHTNESS)}'
-    )
+  @property
+  def color_ranges(self) -> list[tuple[float, float]]:
+    """The ranges (low, high) of the factors of brightness, contrast, saturation and hue."""
+    spread, turn = 0.8 * self.color_strength, 0.2 * self.color_strength
+    bright = (-spread, spread) if self.additive else (max(0.0, 1.0 - spread), 1.0 + spread)
+    return [bright, (1.0 - spread, 1.0 + spread), (1.0 - spread, 1.0 + spread), (-turn, turn)]

@@ -25,22 +25,15 @@ def open(request: source_lib.Request) -> stored.Stored:
   """
   root, split = request.data_dir, request.split
   files = _image_files(root)
-  paths, classes, class_names = _split_of(root, split, files)
+  paths, labels, class_names = _split_of(root, split, files)
   good = _readable(root, paths, request.max_bad_share)
   log.info("%s: split %s has %d images in %d classes.", root, split, len(good), len(class_names))
-  class_of = {class_name: number for number, class_name in enumerate(class_names)}
-  labels = np.array([class_of.get(classes[number], -1) for number in good], np.int32)
-  content, labels = stored.on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels)
+  content, labels = stored.on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels[good])
   load = tf.io.read_file
   if request.cache:
     content, load = stored.all_elements(tf.data.Dataset.from_tensor_slices(content).map(load)), tf.identity
-  return stored.Stored(
-    f"{root} ({split})",
-    class_names=class_names,
-    read=lambda path, label: (load(path), label),
-    examples=(content, labels),
-    example_names=tuple(paths[number] for number in good),
-  )
+  read, names = lambda path, label: (load(path), label), tuple(paths[number] for number in good)
+  return stored.Stored(f"{root} ({split})", class_names, read, (content, labels), example_names=names)
 
 
 def split_names(request: source_lib.Request) -> tuple[str, ...]:
@@ -68,8 +61,8 @@ def _image_files(root: str) -> list[str]:
   return sorted(images)
 
 
-def _split_of(root: str, split: str, files: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
-  """Returns the images of one split: their paths, the class of each ("" without classes), the names of all classes.
+def _split_of(root: str, split: str, files: Sequence[str]) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+  """Returns the images of one split: their paths, their labels i32[N] (-1 without classes), the names of all classes.
 
   The classes are those of all splits together, so that every split numbers them alike.
   """
@@ -90,9 +83,10 @@ def _split_of(root: str, split: str, files: Sequence[str]) -> tuple[list[str], l
   if 0 < loose < len(used):
     log.warning("%s: %d images are in no class folder, so no image has a label.", root, loose)
   class_names = () if loose else tuple(sorted({names[depth] for names in used}))
+  numbers = {class_name: number for number, class_name in enumerate(class_names)}
   chosen = [names for names in used if not splits or names[0] == splits[wanted]]
-  classes = [names[depth] if class_names else "" for names in chosen]
-  return [os.path.join(*names) for names in chosen], classes, class_names
+  labels = np.array([numbers.get(names[depth], -1) for names in chosen], np.int32)
+  return [os.path.join(*names) for names in chosen], labels, class_names
 
 
 def _split_folders(parts: Sequence[Sequence[str]]) -> dict[str, str]:
@@ -105,13 +99,10 @@ def _split_folders(parts: Sequence[Sequence[str]]) -> dict[str, str]:
 
 def _readable(root: str, paths: Sequence[str], max_bad_share: float) -> list[int]:
   """Returns the numbers of the paths whose images decode; logs the others, and raises where they are too many."""
-
-  def number_if_readable(number, path):
-    return number, tf.shape(decode.decode_image(tf.io.read_file(path)))
-
   (names,) = stored.on_host(np.array([os.path.join(root, path) for path in paths]))
   numbered = tf.data.Dataset.from_tensor_slices(names).enumerate()
-  decoded = numbered.map(number_if_readable, num_parallel_calls=os.cpu_count()).ignore_errors().batch(1024)
+  read = lambda number, path: (number, tf.shape(decode.decode_image(tf.io.read_file(path))))
+  decoded = numbered.map(read, num_parallel_calls=os.cpu_count()).ignore_errors().batch(1024)
   good = sorted(number for numbers, _ in decoded.as_numpy_iterator() for number in numbers.tolist())
   bad = sorted(set(range(len(paths))) - set(good))
   if len(bad) > max_bad_share * len(paths) or not good:

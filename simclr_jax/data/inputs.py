@@ -1,10 +1,10 @@
-"""Batches on their way into a compiled step: fed by the host, or taken from a data set that is on the devices."""
+"""Batches on their way into a compiled step: streamed from the host, or taken from a data set on the devices."""
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,49 +20,16 @@ Rows = dict[str, np.ndarray]
 Prepare = Callable[[Batch], Batch]
 
 
-class Input(Protocol):
-  """Training images on their way into the step.
-
-  Attributes:
-    mesh: the devices.
-    prepare: batch, or any of its rows -> the same with what the network sees, `views` or `image`: the device's part of
-      the augmentation, which belongs into the step.
-    steps_per_dispatch: at most so many steps run in one dispatch.
-  """
-
-  mesh: jax.sharding.Mesh
-  prepare: Prepare
-  steps_per_dispatch: int
-
-  def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
-    """Returns the jitted step; its arguments after the state are those that `feeding` gives.
-
-    Args:
-      step_fn: (state, batch, *constants) -> (state, metrics).
-      state: arrays or shapes, placed as the step's state is to stay.
-      *constants: trees of placed arrays that no step changes.
-    """
-
-  def feeding(self, done: int, *constants: Any) -> contextlib.AbstractContextManager[Callable[[int], tuple[Any, ...]]]:
-    """Yields the function that gives the arguments of the next dispatch of so many steps, from step `done` on."""
-
-  def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
-    """Returns a function whose call yields `rows` evenly spaced rows of each of the first `count` global batches."""
-
-
-def jit_step(step_fn: Callable, mesh: jax.sharding.Mesh, state: Any, *constants: Any) -> Callable:
+def jit_step(step_fn: Callable, mesh: jax.sharding.Mesh, state: Any, *constants: Any, fed: tuple = ()) -> Callable:
   """Returns the jitted (state, batch, *constants) -> (state, metrics): one program for all devices, the state donated.
 
-  Args:
-    step_fn: the step.
-    mesh: the devices that share the batch.
-    state: arrays or shapes, placed as the step's state is to stay.
-    *constants: trees of placed arrays that no step changes.
+  `state` and `constants` are trees of arrays or of their shapes, placed as they are to stay. `fed` are the placements
+  of the arguments between them, where these are not one batch.
   """
   placement, *others = (jax.tree.map(lambda array: array.sharding, tree) for tree in (state, *constants))
   return jax.jit(
     step_fn,
-    in_shardings=(placement, sharding.batched(mesh), *others),
+    in_shardings=(placement, *(fed or (sharding.batched(mesh),)), *others),
     out_shardings=(placement, sharding.replicated(mesh)),
     donate_argnums=0,
   )
@@ -70,29 +37,27 @@ def jit_step(step_fn: Callable, mesh: jax.sharding.Mesh, state: Any, *constants:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-  """Batches that the host makes; each waits on the devices before it is due. See `Input`.
-
-  Attributes:
-    batches: first step -> this process's rows of the batch of each step from then on, as NumPy.
-  """
+  """Batches that the host makes; each waits on the devices before it is due."""
 
   mesh: jax.sharding.Mesh
+  # The device's part of the augmentation, to be done in the step: a batch, or any of its rows -> the same with what the
+  # network sees, `views` or `image`.
   prepare: Prepare
-  batches: Callable[[int], Iterator[Rows]]
+  batches: Callable[[int], Iterator[Rows]]  # first step -> this process's rows of the batch of each step from then on
   steps_per_dispatch: ClassVar[int] = 1
 
   def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
-    """Returns the jitted (state, batch, *constants) -> (state, metrics)."""
+    """Returns the jitted step; its arguments after the state are those that `feeding` gives. See `jit_step`."""
     return jit_step(step_fn, self.mesh, state, *constants)
 
   @contextlib.contextmanager
   def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
-    """Yields the function that gives the arguments of the next step."""
+    """Yields (steps of the next dispatch) -> its arguments, from step `done` on."""
     with contextlib.closing(prefetch.to_devices(self.batches(done), self.mesh)) as batches:
       yield lambda count: (next(batches), *constants)
 
   def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
-    """Returns a function whose call goes through the first batches."""
+    """Returns a function whose call yields `rows` evenly spaced rows of each of the first `count` global batches."""
 
     @functools.cache
     def held():
@@ -106,88 +71,61 @@ class Streamed:
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-  """Batches that the step takes from a data set on the devices, several steps in one dispatch. See `Input`.
-
-  Attributes:
-    dataset: tree of arrays on the devices.
-    batch_of: (dataset, step i32[]) -> global batch.
-  """
+  """Batches that the step takes from a data set on the devices, several steps in one dispatch; else as `Streamed`."""
 
   mesh: jax.sharding.Mesh
   prepare: Prepare
-  dataset: Any
-  batch_of: Callable[[Any, jax.Array], Batch]
-  steps_per_dispatch: int
+  dataset: Any  # tree of arrays on the devices
+  batch_of: Callable[[Any, jax.Array], Batch]  # (dataset, step i32[]) -> global batch
+  steps_per_dispatch: int  # at most so many
 
   def jit(self, step_fn: Callable, state: Any, *constants: Any) -> Callable:
-    """Returns the jitted (state, dataset, count i32[], *constants) -> (state, metrics f[steps_per_dispatch])."""
-    replicated = sharding.replicated(self.mesh)
-    placement, *others = (jax.tree.map(lambda array: array.sharding, tree) for tree in (state, *constants))
-    return jax.jit(
-      several_steps(step_fn, self.batch_of, self.steps_per_dispatch),
-      in_shardings=(placement, replicated, replicated, *others),
-      out_shardings=(placement, replicated),
-      donate_argnums=0,
-    )
+    """Returns the jitted (state, dataset, count i32[], *constants) -> (state, metrics f[steps_per_dispatch]).
+
+    One program for any count, so that the same steps give the same bits however they are dispatched, and nothing is
+    compiled again where an evaluation or a checkpoint comes between.
+    """
+
+    def steps(state, dataset, count, *constants):
+      one = lambda state: step_fn(state, self.batch_of(dataset, state.step), *constants)
+      _, metrics = jax.eval_shape(one, state)
+      rows = jax.tree.map(lambda x: jnp.zeros((self.steps_per_dispatch, *x.shape), x.dtype), metrics)
+
+      def body(number, carry):
+        state, rows = carry
+        state, metrics = one(state)
+        return state, jax.tree.map(lambda row, x: row.at[number].set(x), rows, metrics)
+
+      return jax.lax.fori_loop(0, count, body, (state, rows))
+
+    return jit_step(steps, self.mesh, state, *constants, fed=(sharding.replicated(self.mesh),) * 2)
 
   @contextlib.contextmanager
   def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
-    """Yields the function that gives the arguments of the next dispatch."""
+    """Yields (steps of the next dispatch) -> its arguments."""
     place = lambda count: jax.device_put(np.int32(count), sharding.replicated(self.mesh))
     yield lambda count: (self.dataset, place(count), *constants)
 
   def first_batches(self, count: int, rows: int) -> Callable[[], Iterator[Batch]]:
-    """Returns a function whose call goes through the first batches."""
+    """Returns what `Streamed.first_batches` does."""
     batch_of = lambda dataset, step: _spread(self.batch_of(dataset, step), rows)
     batch_of = jax.jit(batch_of, out_shardings=sharding.batched(self.mesh))
     return lambda: (batch_of(self.dataset, np.int32(step)) for step in range(count))
 
 
-def several_steps(step_fn: Callable, batch_of: Callable, most: int) -> Callable:
-  """Returns (state, dataset, count, *constants) -> (state, metrics f[most]): `count` steps in one program, not jitted.
-
-  One program for any count, so that the same steps give the same bits however they are dispatched, and nothing is
-  compiled again where an evaluation or a checkpoint comes between.
-
-  Args:
-    step_fn: (state, batch, *constants) -> (state, metrics).
-    batch_of: (dataset, step i32[]) -> batch.
-    most: the largest count.
-  """
-
-  def run(state, dataset, count, *constants):
-    one = lambda state: step_fn(state, batch_of(dataset, state.step), *constants)
-    rows = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
-
-    def body(number, carry):
-      state, rows = carry
-      state, metrics = one(state)
-      return state, jax.tree.map(lambda row, x: row.at[number].set(x), rows, metrics)
-
-    return jax.lax.fori_loop(0, count, body, (state, rows))
-
-  return run
+Input = Streamed | Resident
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How the training images are ordered, augmented and fed.
-
-  Attributes:
-    order: of the examples.
-    place: `device`: the host crops, colours and blur are part of the step; `host`: everything in tf.data.
-    resident: whether the images are on the devices.
-    steps_per_dispatch: of resident images.
-    dtype: of the device's part of the augmentation.
-    batch_key: the config's name of the batch size, for messages.
-  """
+  """How the training images are ordered, augmented and fed."""
 
   order: order.Order
-  place: str = "device"
-  resident: bool = False
-  steps_per_dispatch: int = 1
-  dtype: Any = jnp.float32
-  batch_key: str = "batch_size"
+  place: str = "device"  # device: the host crops, colours and blur are part of the step; host: everything in tf.data
+  resident: bool = False  # whether the images are on the devices
+  steps_per_dispatch: int = 1  # of resident images
+  dtype: Any = jnp.float32  # of the device's part of the augmentation
+  batch_key: str = "batch_size"  # the config's name of the batch size, for messages
 
 
 def pairs(
@@ -195,62 +133,56 @@ def pairs(
 ) -> Input:
   """Returns two augmented views of each image for pretraining.
 
-  Args:
-    images: the training split.
-    distortion: of the views.
-    plan: how they are ordered and fed.
-    mesh: the devices.
-    compose: operations of `composition`, which take the place of the distortion's colours and blur.
+  With operations of `composition` in `compose`, these take the place of the distortion's colours and blur.
   """
-  transform, prepare = pair_augmentation(distortion, plan, compose)
-  found = _input(images, plan, mesh, transform, prepare)
+  found = _input(images, plan, mesh, *pair_augmentation(distortion, plan, compose))
   if not plan.resident or not compose:
     return found
+  # The operations are data of the step, not part of its program, so that the cells of a study share what is compiled.
   operations = jax.device_put(composition.codes(compose), sharding.replicated(mesh))
-  return dataclasses.replace(
-    found, dataset={**found.dataset, "operations": operations}, batch_of=_composed(found.batch_of)
-  )
+
+  def batch_of(dataset, step):
+    rows = found.batch_of(dataset, step)
+    shape = (len(rows["index"]), *operations.shape)
+    return {**rows, "operations": jnp.broadcast_to(dataset["operations"], shape)}
+
+  return dataclasses.replace(found, dataset={**found.dataset, "operations": operations}, batch_of=batch_of)
 
 
 def singles(images: source.Source, distortion: distortions.Distortion, plan: Plan, mesh: jax.sharding.Mesh) -> Input:
   """Returns one random crop, mirrored or not, of each image, as supervised training sees it; arguments as `pairs`."""
-  transform, prepare = _single_on_host(distortion, plan.place), lambda batch: batch
-  if plan.resident:
-    view = lambda batch: device_augment.train_view(batch["image"], _keys(plan, batch), distortion)
-    transform, prepare = None, lambda batch: {**batch, "image": view(batch)}
-  return _input(images, plan, mesh, transform, prepare)
+  if not plan.resident:
+    return _input(images, plan, mesh, _single_on_host(distortion, plan.place), lambda batch: batch)
+  view = lambda batch: device_augment.train_view(batch["image"], _keys(plan, batch), distortion)
+  return _input(images, plan, mesh, None, lambda batch: {**batch, "image": view(batch)})
 
 
 def pair_augmentation(
   distortion: distortions.Distortion, plan: Plan, compose: str = ""
 ) -> tuple[Callable | None, Prepare]:
   """Returns the host's transform of an image (None where images are resident), and the step's part of a batch."""
+  keys, dtype = functools.partial(_keys, plan), plan.dtype
   if compose:
-    return _composition(distortion, plan, compose)
-  keys = functools.partial(_keys, plan)
-  if plan.resident:
-    views = lambda batch: device_augment.two_views(batch["image"], keys(batch), distortion, dtype=plan.dtype)
-    return None, lambda batch: {**batch, "views": views(batch)}
-  if plan.place == "host":
-    return lambda x, seed: {"views": _host().two_views(x, seed, distortion)}, lambda batch: batch
-  views = lambda batch: device_augment.distorted_pairs(batch["views"], keys(batch), distortion, dtype=plan.dtype)
-  crops = lambda content, seed: {"views": _host().two_crops(content, seed, distortion)}
-  return crops, lambda batch: {**batch, "views": views(batch)}
+    transform, views = _composition(distortion, plan, compose)
+  elif plan.resident:
+    transform, views = None, lambda b: device_augment.two_views(b["image"], keys(b), distortion, dtype=dtype)
+  elif plan.place == "host":
+    return lambda content, seed: {"views": _host().two_views(content, seed, distortion)}, lambda batch: batch
+  else:
+    transform = lambda content, seed: {"views": _host().two_crops(content, seed, distortion)}
+    views = lambda b: device_augment.distorted_pairs(b["views"], keys(b), distortion, dtype=dtype)
+  return transform, lambda batch: {**batch, "views": views(batch)}
 
 
 def evaluation(
   images: source.Source, size: int, *, batch_size: int, is_resident: bool, shared: bool = True
 ) -> Callable[[], Iterator[Rows]]:
-  """Returns a function whose call starts one pass over a split with the evaluation's centre crop.
+  """Returns a function whose call starts one pass over a split with the evaluation's centre crop of `size` pixels.
 
-  Args:
-    images: the split.
-    size: of the crop in pixels.
-    batch_size: of all processes.
-    is_resident: whether the images are decoded in memory.
-    shared: whether the processes go through the split together, each with its part; else each by itself.
+  The processes go through the split together, each with its part, or (not `shared`) each by itself. `batch_size` is
+  that of all processes. The images of a resident split are decoded in memory.
   """
-  process = _process() if shared else order.Process(0, 1)
+  process = _process() if shared else order.ALONE
   batch_size = batch_size if shared else batch_size // jax.process_count()
   if is_resident:
     return lambda: resident.evaluation_batches(images, image_size=size, batch_size=batch_size, process=process)
@@ -262,13 +194,13 @@ def augmented_pass(
   images: source.Source, distortion: distortions.Distortion, plan: Plan, number: int
 ) -> Iterator[Rows]:
   """Returns one pass over a split like `evaluation`, but randomly cropped and mirrored, anew for each number."""
-  knobs = {"batch_size": plan.order.batch_size, "process": _process()}
+  seed, size = plan.order.seed, plan.order.batch_size
   if plan.resident:
     view = lambda images, keys: device_augment.train_view(images, keys, distortion)
-    return resident.augmented_batches(images, view, seed=plan.order.seed, epoch=number, **knobs)
+    return resident.augmented_batches(images, view, seed=seed, epoch=number, batch_size=size, process=_process())
   # Every pass has a seed of its own: an evaluation is always epoch 0.
   transform = _single_on_host(distortion, plan.place)
-  return _pipeline().evaluation_batches(images, transform, seed=plan.order.seed + number, **knobs)
+  return _pipeline().evaluation_batches(images, transform, seed=seed + number, batch_size=size, process=_process())
 
 
 def transfer_pass(images: source.Source, size: int, *, batch_size: int) -> Iterator[Rows]:
@@ -292,35 +224,25 @@ def _input(images, plan, mesh, transform, prepare) -> Input:
   return Streamed(mesh, prepare, batches)
 
 
-def _composed(plain):
-  """Returns a `batch_of` with the operations of the dataset in each row."""
-
-  def batch_of(dataset, step):
-    rows = plain(dataset, step)
-    operations = jnp.broadcast_to(dataset["operations"][None], (len(rows["index"]), len(dataset["operations"])))
-    return {**rows, "operations": operations}
-
-  return batch_of
-
-
 def _composition(distortion, plan, compose):
-  """Returns `pair_augmentation` where the second view goes through the operations that `compose` names."""
+  """Returns the host's transform and batch -> views, the second of which went through the operations of `compose`."""
   operations = composition.codes(compose)
   if plan.place != "device":
     raise errors.UserError(
       f"config.augment.compose is done on the devices, config.augment.place is {plan.place!r}; set it to device."
     )
-  keys, plain = functools.partial(_keys, plan), dataclasses.replace(distortion, flip=False)
-  if plan.resident:
-    # The operations are data of the step, not part of its program, so that the cells of a study share what is
-    # compiled. All rows hold the same ones.
-    views = lambda batch: composition.pairs_of_images(
-      batch["image"], keys(batch), batch["operations"][0], plain, dtype=plan.dtype
-    )
-    return None, lambda batch: {**batch, "views": views(batch)}
-  views = lambda batch: composition.pairs_of_crops(batch["image"], keys(batch), operations, plain, dtype=plan.dtype)
-  transform = lambda content, seed: {"image": _host().train_crop(content, seed, plain)}
-  return transform, lambda batch: {**batch, "views": views(batch)}
+  plain, transform = dataclasses.replace(distortion, flip=False), None
+  if not plan.resident:
+    transform = _single_on_host(plain, plan.place)
+
+  def views(batch):
+    crops, keys, codes = batch["image"], _keys(plan, batch), operations
+    if plan.resident:
+      # All rows hold the same operations.
+      crops, codes = device_augment.train_view(crops, keys, plain), batch["operations"][0]
+    return composition.pairs_of_crops(crops, keys, codes, plain, dtype=plan.dtype)
+
+  return transform, views
 
 
 def _single_on_host(distortion, place):
@@ -340,7 +262,7 @@ def _spread(batch, rows):
 
 
 def _host():
-  # Imported late: it brings TensorFlow, which a resident run must do without.
+  # Imported late, as `pipeline` is: it imports TensorFlow, which a resident run must do without.
   from simclr_jax.data import host_augment
 
   return host_augment

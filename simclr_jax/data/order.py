@@ -8,7 +8,7 @@ from simclr_jax.data import source as source_lib
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-  """One host of a run: its number, and how many there are."""
+  """One host of a run, and how many there are."""
 
   index: int = 0
   count: int = 1
@@ -23,18 +23,12 @@ class Order:
 
   The data is cut into `shards` consecutive parts. Each part is permuted anew every epoch and gives batch_size / shards
   examples to every global batch.
-
-  Attributes:
-    batch_size: images of the global batch, a multiple of `shards`.
-    shards: number of parts, a multiple of the hosts.
-    seed: of the permutations and of the augmentation, 0 to 2^31 - 1.
-    shuffle_window: records permuted together where the data is read from files; data in memory is permuted whole.
   """
 
-  batch_size: int
-  shards: int
-  seed: int
-  shuffle_window: int = 2048
+  batch_size: int  # images of the global batch, a multiple of `shards`
+  shards: int  # number of parts, a multiple of the hosts
+  seed: int  # of the permutations and of the augmentation, 0 to 2^31 - 1
+  shuffle_window: int = 2048  # records of files that are permuted together; data in memory is permuted whole
 
   def check(self, source: source_lib.Source, process_count: int = 1) -> None:
     """Raises a UserError where batch, shards, seed, window, hosts and number of examples do not fit each other."""

@@ -1,8 +1,7 @@
 """The host's input pipeline (tf.data): batches that depend on seed and step alone, whatever the number of hosts."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -29,19 +28,11 @@ def train_batches(
   process: order_lib.Process = order_lib.ALONE,
   threads: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Returns this host's rows of the global batches from step `start_step` on, without end.
+  """Returns this host's rows of the global batches without end, after the first `start_step` ones.
 
   Each shard (a consecutive part of the data) has an endless stream of its own, epoch after epoch, every example once
   an epoch, and gives batch_size / shards rows to every batch: shard p fills the p-th block of the global batch. A host
-  reads consecutive shards.
-
-  Args:
-    source: of the examples.
-    transform: of an example, see `Transform`.
-    order: of the examples.
-    start_step: number of steps that are done.
-    process: this host.
-    threads: number that transform examples at the same time; 0 takes one for each processor.
+  reads consecutive shards. `threads` transform examples at the same time; 0 takes one for each processor.
 
   Yields:
     what `transform` returns, stacked, and i32[n] each: `label` (-1 without one), `index`, the position in the split,
@@ -55,30 +46,19 @@ def train_batches(
   count = order.batch_size // order.shards
   bounds = order_lib.bounds(source.num_examples, order.shards)
   first, end = (order.shards * host // process.count for host in (process.index, process.index + 1))
+  shards = [((order.seed, shard), bounds[shard], bounds[shard + 1]) for shard in range(first, end)]
+  position = count * start_step
   if source.examples is None:
     plans = [
-      _epoch_plans(
-        stored.pieces_between(source.pieces, bounds[shard], bounds[shard + 1]),
-        bounds[shard],
-        key=(order.seed, shard),
-        position=count * start_step,
-        window=order.shuffle_window,
-      )
-      for shard in range(first, end)
+      _epoch_plans(stored.pieces_between(source.pieces, low, high), low, key, position, order.shuffle_window)
+      for key, low, high in shards
     ]
     rows = _streamed_shards(plans, order.shuffle_window, count)
   else:
-    steps = [
-      _indexed_shard(
-        bounds[shard], bounds[shard + 1], key=(order.seed, shard), position=count * start_step, count=count
-      )
-      for shard in range(first, end)
-    ]
-    signature = (tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64))
-    blocks = lambda: (
-      tuple(np.concatenate(column) for column in zip(*step, strict=True)) for step in zip(*steps, strict=True)
-    )
-    rows = tf.data.Dataset.from_generator(blocks, output_signature=signature)
+    streams = [_indexed_shard(low, high, key, position, count) for key, low, high in shards]
+    blocks = lambda: (tuple(map(np.concatenate, zip(*block, strict=True))) for block in zip(*streams, strict=True))
+    column = tf.TensorSpec([None], tf.int64)
+    rows = tf.data.Dataset.from_generator(blocks, output_signature=(column, column))
   dataset = _transformed(rows.unbatch(), source, transform, order.seed, threads).batch(count * (end - first))
   return dataset.prefetch(2).as_numpy_iterator()
 
@@ -89,21 +69,13 @@ def evaluation_batches(
   *,
   batch_size: int,
   process: order_lib.Process = order_lib.ALONE,
-  threads: int = 0,
   seed: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns this host's rows of one pass over the split in order, each example on exactly one host.
 
   Every host has a consecutive slice of the split and gives the same number of batches, of batch_size / process.count
-  rows each. The last ones are padded with rows of mask 0, label -1 and index -1.
-
-  Args:
-    source: of the examples.
-    transform: of an example, see `Transform`.
-    batch_size: of the global batch.
-    process: this host.
-    threads: as in `train_batches`.
-    seed: from which the seeds of the transform are derived, for epoch 0.
+  rows each. The last ones are padded with rows of mask 0, label -1 and index -1. The seeds of the transform are those
+  of epoch 0.
 
   Yields:
     what `transform` returns, stacked, and `label`, `index`, `epoch` i32[n], `mask` f32[n].
@@ -119,13 +91,13 @@ def evaluation_batches(
   if source.examples is None:
     records = stored.read_pieces(stored.pieces_between(source.pieces, begin, end))
     rows = tf.data.Dataset.zip(rows, records).map(lambda row, record: (*row, record))
-  dataset = _transformed(rows, source, transform, seed, threads)
+  dataset = _transformed(rows, source, transform, seed)
   local = batch_size // process.count
   padding = {
     key: np.full([local, *spec.shape], -1 if key in ("label", "index") else 0, spec.dtype.as_numpy_dtype)
     for key, spec in dataset.element_spec.items()
   }
-  batches = -(-max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) // local)
+  batches = -(-max(np.diff(bounds)) // local)
   return _padded(dataset.batch(local).prefetch(2).as_numpy_iterator(), padding, batches)
 
 
@@ -135,7 +107,7 @@ def example_seed(seed: int, epoch: tf.Tensor | int, index: tf.Tensor | int) -> t
   return fold_in(fold_in(tf.constant([seed, 0], tf.int32), tf.cast(epoch, tf.int32)), tf.cast(index, tf.int32))
 
 
-def _transformed(rows, source, transform, seed, threads) -> tf.data.Dataset:
+def _transformed(rows, source, transform, seed, threads=0) -> tf.data.Dataset:
   """Returns the examples of rows (index, epoch) or (index, epoch, record) after the transform, in order."""
 
   @NO_CONVERSION
@@ -152,20 +124,16 @@ def _transformed(rows, source, transform, seed, threads) -> tf.data.Dataset:
   return rows.map(example, num_parallel_calls=workers, deterministic=True).with_options(options)
 
 
-def _indexed_shard(begin, end, *, key, position, count):
-  """Yields (index i64[count], epoch i64[count]) of one shard for each step, from a position of its stream.
+def _indexed_shard(begin, end, key, position, count):
+  """Yields (index i64[count], epoch i64[count]) of the shard of the examples `begin` to `end` - 1 for each step.
 
-  Args:
-    begin, end: the shard holds the examples `begin` to `end` - 1.
-    key: (seed, number of the shard).
-    position: number of examples of the stream that are done.
-    count: number of examples of one step.
+  `key` is (seed, number of the shard); the first `position` examples of its stream are left out.
   """
-  epoch, offset = divmod(position, end - begin)
+  (seed, shard), (epoch, offset) = key, divmod(position, end - begin)
   indices, epochs = np.zeros([2, 0], np.int64)
   while True:
     while len(indices) < count:
-      fresh = begin + _generator(key, epoch).permutation(end - begin)[offset:]
+      fresh = begin + np.random.default_rng([seed, epoch, shard]).permutation(end - begin)[offset:]
       indices = np.concatenate([indices, fresh])
       epochs = np.concatenate([epochs, np.full(len(fresh), epoch)])
       epoch, offset = epoch + 1, 0
@@ -174,16 +142,9 @@ def _indexed_shard(begin, end, *, key, position, count):
 
 
 def _streamed_shards(plans, window, count) -> tf.data.Dataset:
-  """Returns undecoded blocks (index, epoch, record) of `count` rows, one of each shard in turn.
-
-  Args:
-    plans: the `_epoch_plans` of each shard.
-    window: number of records that are permuted together.
-    count: rows of a block.
-  """
-  vector = lambda dtype: tf.TensorSpec([None], dtype)
-  scalar = tf.TensorSpec([], tf.int64)
-  signature = (vector(tf.string), *[vector(tf.int64)] * 4, scalar, scalar)
+  """Returns undecoded blocks (index, epoch, record) of `count` rows, one of each shard in turn, by their plans."""
+  vector, scalar = tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
+  signature = (tf.TensorSpec([None], tf.string), vector, vector, vector, vector, scalar, scalar)
 
   @NO_CONVERSION
   def one_epoch(files, skips, takes, places, indices, epoch, done):
@@ -202,22 +163,19 @@ def _streamed_shards(plans, window, count) -> tf.data.Dataset:
   return tf.data.Dataset.range(len(plans)).interleave(one_shard, cycle_length=len(plans), block_length=1)
 
 
-def _epoch_plans(
-  pieces: Sequence[stored.Piece], begin: int, *, key: tuple[int, int], position: int, window: int
-) -> Iterator[tuple[Any, ...]]:
-  """Yields how each epoch of a shard of TFRecord files is read, from a position of its stream.
+def _epoch_plans(pieces, begin, key, position, window):
+  """Yields how each epoch of a shard of TFRecord files is read; `begin`, `key`, `position` as in `_indexed_shard`.
 
-  First the pieces are permuted, then the records of each window of consecutive ones. The other arguments are those of
-  `_indexed_shard`.
+  First the pieces are permuted, then the records of each window of consecutive ones.
 
   Yields:
     (files, skips, takes) of the pieces to read in turn; for each record's place, which record of its window comes
     there and that record's position in the split; the epoch; the number of leading records to skip.
   """
   firsts = begin + np.cumsum([0] + [piece.take for piece in pieces])
-  epoch, offset = divmod(position, int(firsts[-1]) - begin)
+  (seed, shard), (epoch, offset) = key, divmod(position, int(firsts[-1]) - begin)
   while True:
-    rng = _generator(key, epoch)
+    rng = np.random.default_rng([seed, epoch, shard])
     turns = rng.permutation(len(pieces))
     stream = np.concatenate([np.arange(firsts[turn], firsts[turn + 1]) for turn in turns])
     starts = range(0, len(stream), window)
@@ -225,15 +183,9 @@ def _epoch_plans(
     indices = np.concatenate([stream[start + place] for start, place in zip(starts, places, strict=True)])
     skipped = offset // window * window
     rest = stored.pieces_between([pieces[turn] for turn in turns], skipped, len(stream))
-    files, skips, takes = zip(*((piece.file, piece.skip, piece.take) for piece in rest), strict=True)
+    files, skips, takes = zip(*rest, strict=True)
     yield files, skips, takes, np.concatenate(places)[skipped:], indices[skipped:], epoch, offset - skipped
     epoch, offset = epoch + 1, 0
-
-
-def _generator(key: tuple[int, int], epoch: int) -> np.random.Generator:
-  """Returns the generator of a shard's order in one epoch."""
-  seed, shard = key
-  return np.random.default_rng([seed, epoch, shard])
 
 
 def _padded(batches, padding, count):

@@ -1,5 +1,6 @@
 """Prefetching: a thread that reads batches and copies them to the devices while these compute."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -17,31 +18,24 @@ def to_devices(rows: Iterator[Any], mesh: jax.sharding.Mesh, *, ahead: int = AHE
   """Yields global batches, sharded over the mesh, from this process's rows; at most `ahead` wait on the devices.
 
   Close the generator (`contextlib.closing`) to stop its thread. Exceptions of the thread are raised here.
-
-  Args:
-    rows: batches of this process, trees of arrays.
-    mesh: of the devices.
-    ahead: number of batches that may wait.
   """
   ready, stopped = queue.Queue(ahead), threading.Event()
 
-  def put(item) -> bool:
+  def put(batch, error=None):
     while not stopped.is_set():
-      try:
-        ready.put(item, timeout=0.1)
-      except queue.Full:
-        continue
-      return True
-    return False
+      with contextlib.suppress(queue.Full):
+        ready.put((batch, error), timeout=0.1)
+        return
 
   def work():
     try:
       for batch in rows:
-        if not put((sharding.global_batch(mesh, batch), None)):
+        put(sharding.global_batch(mesh, batch))
+        if stopped.is_set():
           return
-      put((None, StopIteration()))
+      put(None, StopIteration())
     except Exception as error:
-      put((None, error))
+      put(None, error)
 
   thread = threading.Thread(target=work, name="prefetch", daemon=True)
   thread.start()

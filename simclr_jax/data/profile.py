@@ -20,18 +20,13 @@ def run(
 ) -> dict[str, float | int | str]:
   """Prints and returns what the input delivers, and the host threads that one chip would need.
 
-  Args:
-    images: the training images.
-    batch_size: of a global batch.
-    flops_per_image: model FLOPs of one image in training.
-    chip: name of the chip to be fed; "" for this machine's, if it is known.
-    mfu: share of its peak that the training is expected to reach; plain Flax reached 0.4 on TPU v3.
+  Training takes `flops_per_image` model FLOPs. `chip` is the name of the chip to be fed ("": this machine's, if it is
+  known), `mfu` the share of its peak that the training is expected to reach; plain Flax reached 0.4 on TPU v3.
   """
   target = chips.named(chip) if chip else chips.chip_of(jax.devices()[0])
   result = {"batch_size": batch_size}
   if isinstance(images, inputs.Streamed):
-    threads = os.cpu_count()
-    rows = images.batches(0)
+    rows, threads = images.batches(0), os.cpu_count()
     rate = _rate(lambda: next(rows), batch_size // jax.process_count())
     result |= {"images_per_second": rate, "threads": threads, "images_per_second_and_thread": rate / threads}
     each = f"{rate / threads:,.1f} pairs/s and thread ({threads} threads)"

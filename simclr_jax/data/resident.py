@@ -17,10 +17,6 @@ def on_devices(source: arrays.Arrays, mesh: jax.sharding.Mesh) -> dict[str, jax.
   """Returns `image` u8[N, H, W, 3] and `label` i32[N], replicated on every device of the mesh.
 
   They are not sharded, because a step takes any image on any device: whole batches would then be exchanged.
-
-  Args:
-    source: whose images are decoded.
-    mesh: of the devices.
   """
   place = lambda x: jax.make_array_from_process_local_data(sharding.replicated(mesh), x, x.shape)
   return {"image": place(source.images), "label": place(source.labels())}
@@ -29,15 +25,9 @@ def on_devices(source: arrays.Arrays, mesh: jax.sharding.Mesh) -> dict[str, jax.
 def batch(
   dataset: dict[str, jax.Array], step: jax.Array, *, order: order_lib.Order, mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Returns the global batch of a step, sharded over the mesh.
+  """Returns the global batch after the first `step` i32[] ones, sharded over the mesh; `dataset` is of `on_devices`.
 
   `image` u8[batch_size, H, W, 3], `label`, `index` and `epoch` i32[batch_size].
-
-  Args:
-    dataset: of `on_devices`.
-    step: i32[], number of steps that are done.
-    order: of the examples; its shuffle window is not used.
-    mesh: of the devices that hold the data set.
   """
   position = positions(step, examples=len(dataset["image"]), order=order)
   index, epoch = jax.lax.with_sharding_constraint(position, sharding.batched(mesh))
@@ -50,12 +40,7 @@ def positions(step: jax.Array, *, examples: int, order: order_lib.Order) -> tupl
 
   As in the host's pipeline (`pipeline.train_batches`) each shard, a consecutive part of the data, has an endless
   stream of its own, every example once an epoch, and gives batch_size / shards rows to every batch. The permutations
-  differ from the host's.
-
-  Args:
-    step: i32[], number of steps that are done; times batch_size / shards it is below 2^31.
-    examples: number of examples of the split.
-    order: its shuffle window is not used.
+  differ from the host's, and the shuffle window is not used. `step` times batch_size / shards is below 2^31.
   """
   bounds = np.array(order_lib.bounds(examples, order.shards))
   sizes, count = np.diff(bounds), order.batch_size // order.shards
@@ -84,22 +69,12 @@ def positions(step: jax.Array, *, examples: int, order: order_lib.Order) -> tupl
 
 
 def evaluation_batches(
-  source: arrays.Arrays,
-  *,
-  batch_size: int,
-  image_size: int,
-  process: order_lib.Process = order_lib.ALONE,
+  source: arrays.Arrays, *, batch_size: int, image_size: int, process: order_lib.Process = order_lib.ALONE
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of one pass over the split, in the order and with the padding of the host's pipeline.
 
-  Args:
-    source: whose images are decoded.
-    batch_size: of the global batch.
-    image_size: of the evaluation's centre crop, in pixels.
-    process: this host.
-
-  Yields:
-    `image` f32[n, image_size, image_size, 3] in [0, 1], 0 in padded rows; `label`, `index` i32[n]; `mask` f32[n].
+  The centre crops `image` f32[n, image_size, image_size, 3] in [0, 1], 0 in padded rows; `label`, `index` i32[n];
+  `mask` f32[n].
   """
   uncropped = image_size <= distortion.SMALL_IMAGE and source.images.shape[1:3] == (image_size, image_size)
   crop = jax.jit(device_augment.center_crop, static_argnums=1)
@@ -119,12 +94,7 @@ def augmented_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields what `evaluation_batches` does, with random views in place of the centre crops.
 
-  Args:
-    source: whose images are decoded.
-    view: (images u8[n, H, W, 3], keys[n]) -> images.
-    batch_size: of the global batch.
-    seed, epoch: with an example's index they determine its key.
-    process: this host.
+  `view` is (images u8[n, H, W, 3], keys[n]) -> images; an example's key is a function of seed, epoch and its index.
   """
   views = jax.jit(lambda images, index: view(images, device_augment.example_keys(seed, index * 0 + epoch, index)))
   for rows in _batches(source, batch_size, process):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -14,43 +14,29 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Which split of which data set to open; each source reads the fields that it needs.
+  """Which split of which data set to open; each source reads the fields that it needs."""
 
-  Attributes:
-    split: its name; for TFDS also a part of one, as "train[:90%]".
-    name: of the TFDS data set, as "imagenet2012_subset/1pct".
-    data_dir: TFDS folder, image folder or .npz file.
-    image_size: of the built-in shapes, in pixels.
-    cache: whether the encoded images of TFDS or of a folder are kept in memory.
-    max_bad_share: largest share of a folder's images that may be unreadable.
-    num_examples, seed: of the built-in shapes.
-    multi_label: whether a TFDS data set without the feature `label` gives its feature `labels`, any number of classes
-      for each image; without it such a data set has no labels.
-  """
-
-  split: str
-  name: str = ""
-  data_dir: str = ""
-  image_size: int = 32
-  cache: bool = False
-  max_bad_share: float = 0.01
-  num_examples: int = 0
-  seed: int = 0
+  split: str  # for TFDS also a part of one, as "train[:90%]"
+  name: str = ""  # of the TFDS data set, as "imagenet2012_subset/1pct"
+  data_dir: str = ""  # TFDS folder, image folder or .npz file
+  image_size: int = 32  # of the built-in shapes, in pixels
+  cache: bool = False  # whether the encoded images of TFDS or of a folder are kept in memory
+  max_bad_share: float = 0.01  # largest share of a folder's images that may be unreadable
+  num_examples: int = 0  # of the built-in shapes
+  seed: int = 0  # of the built-in shapes
+  # Whether a TFDS data set without the feature `label` gives its feature `labels`, any number of classes for each
+  # image; without it such a data set has no labels.
   multi_label: bool = False
 
 
 class Source(abc.ABC):
-  """One split of images.
+  """One split of images; its implementations are frozen dataclasses with these fields."""
 
-  Attributes:
-    name: for messages.
-    class_names: one for each class; empty without labels.
-    multi_label: whether an image has any number of classes.
-  """
-
-  name: str
-  class_names: tuple[str, ...]
-  multi_label: bool
+  name: str  # for messages
+  class_names: tuple[str, ...]  # empty without labels
+  example_names: tuple[str, ...]  # empty where they are not known without reading the data
+  multi_label: bool  # whether an image has any number of classes
+  read_name: Any = None  # reads an example's name from stored data, where they hold names
 
   @property
   @abc.abstractmethod
@@ -63,13 +49,13 @@ class Source(abc.ABC):
     return len(self.class_names)
 
   @property
-  @abc.abstractmethod
   def has_names(self) -> bool:
     """Whether the names of the examples are known without reading the data."""
+    return bool(self.example_names)
 
-  @abc.abstractmethod
   def names(self) -> tuple[str, ...]:
     """Returns a name for each example: its path or file name, else its number in the split."""
+    return self.example_names or tuple(map(str, range(self.num_examples)))
 
   @abc.abstractmethod
   def labels(self) -> np.ndarray:
@@ -78,17 +64,28 @@ class Source(abc.ABC):
     Of a multi-label source i32[N, num_classes]: 1 the image shows the class, 0 it does not, -1 unknown.
     """
 
-  @abc.abstractmethod
-  def take(self, rows: np.ndarray) -> Source:
+  def take(self, rows: np.ndarray) -> Self:
     """Returns a source of the examples at the sorted row numbers int[n], in memory."""
+    names = tuple(self.example_names[row] for row in rows) if self.has_names else ()
+    name = f"{self.name}, {len(rows)} of {self.num_examples}"
+    return dataclasses.replace(self, name=name, example_names=names, **self._at(rows))
 
-  @abc.abstractmethod
-  def consecutive(self, begin: int, end: int) -> Source:
+  def consecutive(self, begin: int, end: int) -> Self:
     """Returns a source of the examples from `begin` to `end` - 1, which reads no others; they keep their names."""
+    numbers = () if self.read_name else tuple(map(str, range(begin, end)))
+    names = self.example_names[begin:end] or numbers
+    name = f"{self.name}, rows {begin} to {end}"
+    return dataclasses.replace(self, name=name, example_names=names, **self._at(slice(begin, end)))
+
+  def sample(self, count: int, seed: int) -> Self:
+    """Returns a source of about `count` examples, a function of the seed; the whole source where it has no more."""
+    if count >= self.num_examples:
+      return self
+    return self.take(np.sort(np.random.default_rng(seed).permutation(self.num_examples)[:count]))
 
   @abc.abstractmethod
-  def sample(self, count: int, seed: int) -> Source:
-    """Returns a source of about `count` examples, a function of the seed; the whole source where it has no more."""
+  def _at(self, rows: np.ndarray | slice) -> dict[str, Any]:
+    """Returns the fields of a source of some rows: in memory, unless they are a slice."""
 
   @abc.abstractmethod
   def decoded(self) -> arrays.Arrays:
@@ -100,8 +97,4 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def stored(self) -> stored.Stored:
-    """Returns the split as TensorFlow reads it.
-
-    Raises:
-      UserError: TensorFlow is not installed.
-    """
+    """Returns the split as TensorFlow reads it; raises a UserError where TensorFlow is not installed."""

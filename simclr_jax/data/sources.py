@@ -7,8 +7,8 @@ import types
 from simclr_jax import errors
 from simclr_jax.data import source as source_lib
 
-# Kind -> module of this package with open(request) -> Source and split_names(request) -> tuple[str, ...].
-SOURCES = {"tfds": "tfds", "folder": "folder", "arrays": "arrays", "shapes": "shapes"}
+# Each is a module of this package with open(request) -> Source and split_names(request) -> tuple[str, ...].
+SOURCES = ("tfds", "folder", "arrays", "shapes")
 # These are NumPy arrays; all others are read by TensorFlow.
 WITHOUT_TENSORFLOW = ("arrays", "shapes")
 
@@ -16,22 +16,14 @@ WITHOUT_TENSORFLOW = ("arrays", "shapes")
 def load(kind: str, request: source_lib.Request) -> source_lib.Source:
   """Returns one split of a source.
 
-  Args:
-    kind: one of SOURCES.
-    request: which data set and split.
-
   Raises:
-    UserError: the kind is unknown, needs TensorFlow where that is not installed, or has no such data.
+    UserError: the kind is not one of SOURCES, needs TensorFlow where that is not installed, or has no such data.
   """
   return _module(kind).open(request)
 
 
 def split_names(kind: str, request: source_lib.Request) -> tuple[str, ...]:
-  """Returns the names of a source's splits, whatever `request.split` is.
-
-  Raises:
-    UserError: see `load`.
-  """
+  """Returns the names of a source's splits, whatever `request.split` is; raises what `load` does."""
   return _module(kind).split_names(request)
 
 
@@ -51,4 +43,4 @@ def _module(kind: str) -> types.ModuleType:
     )
   if kind not in WITHOUT_TENSORFLOW:
     check_tensorflow(kind)
-  return importlib.import_module(f"simclr_jax.data.{SOURCES[kind]}")
+  return importlib.import_module(f"simclr_jax.data.{kind}")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from simclr_jax.data import arrays, decode
+from simclr_jax.data import arrays, decode, order
 from simclr_jax.data import source as source_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
   """`take` consecutive records of a TFRecord file, after the first `skip`."""
 
   file: str
@@ -24,27 +24,20 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored(source_lib.Source):
-  """One split of images as stored examples, which `read` turns into content and label.
+  """One split of images as stored examples, either in memory (`examples`) or in files (`pieces`).
 
-  Attributes:
-    name: for messages.
-    class_names: one for each class; empty without labels.
-    read: a stored example (TensorFlow) to (content, label i32[], -1 without one); the content is an image u8[H, W, 3]
-      or the bytes of an encoded one. The label of a multi-label source is i32[num_classes], see `Source.labels`.
-    examples: tensors whose row i is stored example i; None where the examples stay in files.
-    pieces: of TFRecord files whose records, one after the other, are the stored examples; empty where `examples` are.
-    example_names: names of the examples, where they are known without reading.
-    read_name: a stored example (TensorFlow) to its name, where it holds one.
-    multi_label: whether an image has any number of classes.
+  For the fields of every source see `source.Source`.
   """
 
   name: str
   class_names: tuple[str, ...]
+  # A stored example (TensorFlow) -> (content, label): an image u8[H, W, 3] or the bytes of an encoded one; i32[], -1
+  # without a label, or i32[num_classes] of a multi-label source, see `Source.labels`.
   read: Callable[..., tuple[tf.Tensor, tf.Tensor]]
-  examples: tuple[tf.Tensor, ...] | None = None
-  pieces: tuple[Piece, ...] = ()
+  examples: tuple[tf.Tensor, ...] | None = None  # row i of these tensors is stored example i
+  pieces: tuple[Piece, ...] = ()  # their records, one after the other, are the stored examples
   example_names: tuple[str, ...] = ()
-  read_name: Callable[..., tf.Tensor] | None = None
+  read_name: Callable[..., tf.Tensor] | None = None  # a stored example (TensorFlow) -> its name, where it holds one
   multi_label: bool = False
 
   @property
@@ -53,10 +46,6 @@ class Stored(source_lib.Source):
       return int(self.examples[0].shape[0])
     return sum(piece.take for piece in self.pieces)
 
-  @property
-  def has_names(self) -> bool:
-    return bool(self.example_names)
-
   def dataset(self) -> tf.data.Dataset:
     """Returns the stored examples of the split in order, each a tuple."""
     if self.examples is not None:
@@ -64,10 +53,8 @@ class Stored(source_lib.Source):
     return read_pieces(self.pieces).map(lambda record: (record,))
 
   def names(self) -> tuple[str, ...]:
-    if self.example_names:
-      return self.example_names
-    if self.read_name is None:
-      return tuple(map(str, range(self.num_examples)))
+    if self.has_names or self.read_name is None:
+      return super().names()
     rows = self.dataset().map(self.read_name, num_parallel_calls=os.cpu_count()).batch(4096)
     return tuple(name.decode() for block in rows.as_numpy_iterator() for name in block)
 
@@ -76,42 +63,17 @@ class Stored(source_lib.Source):
     empty = np.zeros([0, self.num_classes] if self.multi_label else [0], np.int32)
     return np.concatenate([empty, *rows.batch(4096).as_numpy_iterator()])
 
-  def take(self, rows: np.ndarray) -> Stored:
-    names = tuple(self.example_names[row] for row in rows) if self.example_names else ()
-    return dataclasses.replace(
-      self,
-      name=f"{self.name}, {len(rows)} of {self.num_examples}",
-      examples=self._rows(rows),
-      pieces=(),
-      example_names=names,
-    )
-
-  def consecutive(self, begin: int, end: int) -> Stored:
-    names = self.example_names[begin:end]
-    if not names and self.read_name is None:
-      names = tuple(map(str, range(begin, end)))
-    part = dataclasses.replace(self, name=f"{self.name}, rows {begin} to {end}", example_names=names)
-    if self.examples is not None:
-      return dataclasses.replace(part, examples=tuple(column[begin:end] for column in self.examples))
-    return dataclasses.replace(part, pieces=tuple(pieces_between(self.pieces, begin, end)))
-
   def sample(self, count: int, seed: int) -> Stored:
     """Returns a source of at most `count` examples, the same ones for the same seed.
 
     In memory these are random rows, sorted. Of files they are the first records of each, whatever the seed: to reach
     those further on costs as much as reading the file, and files of a data set are usually shuffled when written.
     """
-    if count >= self.num_examples:
-      return self
-    if self.examples is not None:
-      return self.take(np.sort(np.random.default_rng(seed).permutation(self.num_examples)[:count]))
-    files = len(self.pieces)
-    shares = [count * (i + 1) // files - count * i // files for i in range(files)]
-    pieces = tuple(
-      dataclasses.replace(piece, take=min(piece.take, share))
-      for piece, share in zip(self.pieces, shares, strict=True)
-      if share
-    )
+    if self.examples is not None or count >= self.num_examples:
+      return super().sample(count, seed)
+    parts = order.bounds(count, len(self.pieces))
+    shares = zip(self.pieces, parts, parts[1:], strict=False)
+    pieces = tuple(p._replace(take=min(p.take, end - begin)) for p, begin, end in shares if end > begin)
     return dataclasses.replace(self, name=f"{self.name}, {count} of {self.num_examples}", pieces=pieces)
 
   def decoded(self) -> arrays.Arrays:
@@ -133,16 +95,19 @@ class Stored(source_lib.Source):
   def stored(self) -> Stored:
     return self
 
-  def _rows(self, rows):
-    """Returns the stored examples at some sorted row numbers, in memory, as `examples` holds them."""
+  def _at(self, rows):
+    if isinstance(rows, slice):
+      if self.examples is None:
+        return {"pieces": tuple(pieces_between(self.pieces, rows.start, rows.stop))}
+      return {"examples": tuple(column[rows] for column in self.examples)}
     if self.examples is not None:
       with tf.device("CPU"):
-        return tuple(tf.gather(column, rows) for column in self.examples)
+        return {"examples": tuple(tf.gather(column, rows) for column in self.examples)}
     wanted = np.zeros(self.num_examples, bool)
     wanted[rows] = True
     chosen = tf.data.Dataset.zip(self.dataset(), tf.data.Dataset.from_tensor_slices(wanted))
     chosen = chosen.filter(lambda _, use: use).map(lambda example, _: example[0])
-    return (all_elements(chosen),)
+    return {"examples": (all_elements(chosen),), "pieces": ()}
 
 
 def pieces_between(pieces: Sequence[Piece], begin: int, end: int) -> list[Piece]:

@@ -12,11 +12,7 @@ def balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   """Returns the sorted row numbers i64[n] of a random share of each class, rounded, at least one image of each class.
 
   For one seed a smaller share is a subset of a larger one, as the reference's 1 % of ImageNet is of its 10 %.
-
-  Args:
-    labels: i32[N], none negative.
-    fraction: above 0, at most 1.
-    seed: of the random choice.
+  `labels` i32[N] are not negative, `fraction` is above 0 and at most 1.
   """
   chosen = []
   for label in np.unique(labels):
@@ -29,9 +25,8 @@ def balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def listed(names: Sequence[str], path: str) -> np.ndarray:
   """Returns the sorted row numbers i64[n] of the images that a file lists, one name a line.
 
-  Args:
-    names: of all images of the split. Folders are ignored, here and in the file: "n01440764_10026.JPEG" is compared.
-    path: of the file.
+  `names` are those of all images of the split. Folders are ignored, there and in the file: "n01440764_10026.JPEG" is
+  compared.
 
   Raises:
     UserError: there is no such file, or it lists an image that the split does not have.

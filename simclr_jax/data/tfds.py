@@ -1,7 +1,5 @@
 """Data sets of TensorFlow Datasets (TFDS) that are prepared on disk."""
 
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -28,8 +26,9 @@ def open(request: source_lib.Request) -> stored.Stored:
   if builder.info.file_format.value != "tfrecord":
     raise errors.UserError(f"{where} is stored as {builder.info.file_format.value}; prepare it as tfrecord.")
   pieces = _pieces(builder, request.split, where)
-  many = request.multi_label and "label" not in kinds and _is_classes(kinds.get("labels"))
-  label = kinds["labels"].feature if many else kinds.get("label")
+  listed = getattr(kinds.get("labels"), "feature", None)  # what `labels` is a sequence of
+  many = request.multi_label and "label" not in kinds and isinstance(listed, tfds.features.ClassLabel)
+  label = listed if many else kinds.get("label")
   labelled = isinstance(label, tfds.features.ClassLabel)
   # Other features may be slow to decode, as the masks of oxford_iiit_pet.
   used = ("image", *(("labels", "labels_no_difficult") if many else ("label",) if labelled else ()))
@@ -79,11 +78,6 @@ def _pieces(builder, split: str, where: str) -> tuple[stored.Piece, ...]:
   return pieces
 
 
-def _is_classes(feature: Any) -> bool:
-  """Returns whether a feature is a list of classes."""
-  return isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.ClassLabel)
-
-
 def _multi_hot(example, classes: int) -> tf.Tensor:
   """Returns i32[classes]: 1 for `labels`, -1 for those of them that `labels_no_difficult` leaves out, 0 for others."""
   present, sure = (
@@ -94,7 +88,6 @@ def _multi_hot(example, classes: int) -> tf.Tensor:
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-  """Returns the TFDS builder of a data set that is prepared on disk."""
   place = f' in "{data_dir}"' if data_dir else ""
   if data_dir and not tf.io.gfile.isdir(data_dir):
     raise errors.UserError(f'no folder "{data_dir}"; set data_dir to the folder that holds the TFDS data sets.')

@@ -6,32 +6,23 @@ import re
 
 from simclr_jax import errors
 
-PAPER = "paper"
+PAPER = "paper"  # stands for TWELVE
 FOLDER = "folder:"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A data set to transfer to.
+  """A data set to transfer to."""
 
-  Attributes:
-    key: its name in the results, and the name of its folder there.
-    source: tfds | folder.
-    location: the TFDS name, or the path of the folder.
-    splits: (train, validation, test); without a validation split ("") a share of train is held back. None: the splits
-      that the data set has; see `splits_of`.
-    metric: top1 | mean_per_class | map_11; "": map_11 if an image may have several classes, else top1.
-    published: the paper's accuracies of ResNet-50 and ResNet-50 4x, linear, % (Chen et al. 2020, table 8 and B.8).
-    remark: about its splits.
-  """
-
-  key: str
-  source: str
-  location: str
+  key: str  # its name in the results, and the name of its folder there
+  source: str  # tfds | folder
+  location: str  # the TFDS name, or the path of the folder
+  # (train, validation, test); without a validation split ("") a share of train is held back. None: see `splits_of`.
   splits: tuple[str, str, str] | None
-  metric: str = ""
+  metric: str = ""  # top1 | mean_per_class | map_11; "": map_11 if an image may have several classes, else top1
+  # The paper's accuracies of ResNet-50 and ResNet-50 4x, linear, % (Chen et al. 2020, table 8 and B.8).
   published: tuple[float, float] | None = None
-  remark: str = ""
+  remark: str = ""  # about its splits
 
 
 def _paper(key, location, splits, metric, published, remark="", *, source="tfds"):
@@ -58,9 +49,8 @@ TWELVE = (
 def chosen(text: str, data_dir: str) -> list[Task]:
   """Returns the data sets in the text of `config.transfer.datasets`, each once.
 
-  Args:
-    text: separated by commas: paper | a name in TWELVE | a TFDS name | NAME:TRAIN:VALIDATION:TEST | folder:DIR.
-    data_dir: contains the folders of TWELVE.
+  With commas between: paper | a name in TWELVE | a TFDS name | NAME:TRAIN:VALIDATION:TEST | folder:DIR. The folders of
+  TWELVE are in `data_dir`.
 
   Raises:
     UserError: a name cannot be read, or two data sets would write to the same folder.
@@ -113,9 +103,7 @@ def _named(word, data_dir):
     location = word.removeprefix(FOLDER).rstrip("/")
     name = os.path.basename(location)
     known = [task for task in TWELVE if task.source == "folder" and task.key == name]
-    if known:
-      return dataclasses.replace(known[0], location=location)
-    return Task(name, "folder", location, None)
+    return dataclasses.replace(known[0] if known else Task(name, "folder", "", None), location=location)
   # Splits at colons, except those inside brackets, as in train[:90%].
   name, *splits = re.split(r":(?![^\[]*\])", word)
   if len(splits) not in (0, 3) or not name or splits and not (splits[0] and splits[2]):

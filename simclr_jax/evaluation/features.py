@@ -11,19 +11,16 @@ import numpy as np
 from simclr_jax import errors
 from simclr_jax.hardware import sharding
 
+# This process's rows: `image`, `label`, `index`, `mask` (0 marks padding, which is dropped). Every process has the same
+# number of batches.
 Batches = Iterable[dict[str, np.ndarray]]
 
 
 class Features(NamedTuple):
-  """Features of a split with their labels.
+  """Features of a split with their labels."""
 
-  Attributes:
-    x: f[N, D].
-    label: i32[N], or i32[N, K] where an image may have several: 1 yes, 0 no, -1 unknown.
-  """
-
-  x: np.ndarray
-  label: np.ndarray
+  x: np.ndarray  # f[N, D]
+  label: np.ndarray  # i32[N], or i32[N, K] where an image may have several: 1 yes, 0 no, -1 unknown.
 
 
 def of_split(
@@ -31,12 +28,7 @@ def of_split(
 ) -> Features:
   """Returns float32 features and labels of a whole split in the order of `index`, the same on every process.
 
-  Args:
-    encode: (variables, [B, H, W, 3]) -> [B, D].
-    variables: passed to `encode`.
-    batches: this process's rows: `image`, `label`, `index`, `mask` (0 marks padding, which is dropped); every process
-      has the same number of batches.
-    mesh: the devices that share each batch.
+  `encode` is (variables, [B, H, W, 3]) -> [B, D]; the mesh shares each batch.
   """
   table = _feature_table(encode, mesh)(variables, batches)
   return Features(table["x"], table["label"])
@@ -57,12 +49,8 @@ def table_of(
 ) -> Callable[[Any, Batches], dict[str, np.ndarray]]:
   """Returns (variables, batches) -> arrays [N, ...] by name, the outputs of `rows_of` for each example of a split.
 
-  Rows are in the order of `index`, the same on every process. The returned function compiles once for all splits and
-  variables of the same shapes.
-
-  Args:
-    rows_of: (variables, batch with `image` and `label`) -> arrays [B, ...] by name.
-    mesh: the devices that share each batch.
+  Rows are in the order of `index`, the same on every process. `rows_of` is (variables, batch with `image` and `label`)
+  -> arrays [B, ...] by name. The returned function compiles once for all splits and variables of the same shapes.
   """
 
   def compute(variables, batch):
@@ -102,13 +90,7 @@ def _in_order(parts):
 
 
 def check_finite(x: np.ndarray, name: str, source: str) -> None:
-  """Raises a UserError if features contain NaN or infinity.
-
-  Args:
-    x: f[N, D].
-    name: of the split, for the message.
-    source: the checkpoint, for the message.
-  """
+  """Raises a UserError if features f[N, D] of the split `name` by the checkpoint `source` have NaN or infinity."""
   # A row's sum is not finite if one of its entries is not; np.isfinite(x) would need an array as large as x.
   bad = np.count_nonzero(~np.isfinite(x.sum(axis=1, dtype=np.float64)))
   if bad:

@@ -22,12 +22,12 @@ Measure = Callable[[Any], dict[str, float]]  # Variables of the network -> metri
 
 
 def held_out_accuracies(
-  model: nn.Module,
+  model: nn.Module,  # (images, train) -> (h, z, logits), for example a `simclr.SimCLR`; logits may be None.
   mesh: jax.sharding.Mesh,
-  rows_of_held_out: Callable[[], features.Batches],
-  rows_of_known: Callable[[], features.Batches] | None,
+  rows_of_held_out: Callable[[], features.Batches],  # Starts a pass: batches with `image`, `label`, `index`, `mask`.
+  rows_of_known: Callable[[], features.Batches] | None,  # The same of the images that vote; None: no neighbours.
   *,
-  knn_neighbours: int,
+  knn_neighbours: int,  # All known images if they are fewer.
   gather_params: Callable[[Any], Any],
   classes: int,
 ) -> Measure:
@@ -36,15 +36,6 @@ def held_out_accuracies(
   `online_top1`, `online_top5`, `online_loss` and `online_examples` where the model has an online classifier, and
   `knn_top1` of cosine nearest neighbours at temperature 0.1 on the encoder's output h. Every process calls it; the
   values are the same on any number of devices and processes, up to rounding.
-
-  Args:
-    model: (images, train) -> (h, z, logits), for example a `simclr.SimCLR`; logits may be None.
-    mesh: the devices that share each batch.
-    rows_of_held_out: starts a pass over the held-out split: batches with `image`, `label`, `index`, `mask`.
-    rows_of_known: starts a pass over the training images that vote; None: no nearest neighbours.
-    knn_neighbours: how many neighbours vote; all known images if they are fewer.
-    gather_params: makes split parameters whole on every device.
-    classes: number of labels.
   """
 
   def rows_of(variables, batch):
@@ -86,20 +77,13 @@ def held_out_accuracies(
 def pair_geometry(
   model: nn.Module,
   mesh: jax.sharding.Mesh,
-  views: Callable[[], Iterator[jax.Array]],
-  count: int,
+  views: Callable[[], Iterator[jax.Array]],  # Starts a pass over f[N, 2, H, W, 3] split over the devices.
+  count: int,  # How many pairs are measured; `views` yields at least as many.
   gather_params: Callable[[Any], Any],
 ) -> Measure:
   """Returns variables -> `alignment` and `uniformity` of z, and the effective ranks `rank_h` and `rank_z`.
 
-  Every process calls it; the values are the same on any number of devices and processes, up to rounding.
-
-  Args:
-    model: (images, train) -> (h, z, logits), for example a `simclr.SimCLR`.
-    mesh: the devices that share each batch.
-    views: starts a pass over the positive pairs, f[N, 2, H, W, 3] split over the devices.
-    count: how many pairs are measured; `views` yields at least as many.
-    gather_params: makes split parameters whole on every device.
+  Arguments and promises as those of `held_out_accuracies`.
   """
 
   def embed(variables, pairs):

@@ -25,34 +25,22 @@ Search = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def accuracies(
-  train: Features,
+  train: Features,  # The same on every process; similarities are computed in float32.
   test: Features,
   *,
-  neighbours: Sequence[int],
-  temperatures: Sequence[float],
+  neighbours: Sequence[int],  # The values of k, each from 1 to the number of training rows.
+  temperatures: Sequence[float],  # Above 0.
   classes: int,
-  mesh: Mesh | None = None,
+  mesh: Mesh | None = None,  # Shares the training rows; None for one device.
   queries: int = QUERIES,
   block: int = BLOCK,
 ) -> list[dict[str, Any]]:
   """Returns the held-out accuracies of weighted nearest-neighbour classifiers; Wu et al. 2018, section 3.4.
 
-  The k training features with the largest cosine similarity s vote for their labels with weight exp(s / temperature).
-  One search for the largest k serves every k and temperature. Of equal similarities the lower training row ranks
-  first, of equal votes the lower class; a class without a vote is never correct.
-
-  Args:
-    train: (f[N, D], i32[N]), the same on every process; similarities are computed in float32.
-    test: (f[M, D], i32[M]).
-    neighbours: the values of k, each from 1 to N.
-    temperatures: of the weights, above 0.
-    classes: number of labels.
-    mesh: the devices that share the training rows; None for one device.
-    queries: test rows per step.
-    block: training rows of one device per block.
-
-  Returns:
-    for each k, and for each temperature within it, in the given order: `k`, `temperature`, `top1` and `top5` (of 1).
+  For each k, and each temperature within it, in the given order: `k`, `temperature`, `top1` and `top5` (of 1). The k
+  training features with the largest cosine similarity s vote for their labels with weight exp(s / temperature). One
+  search for the largest k serves every k and temperature. Of equal similarities the lower training row ranks first, of
+  equal votes the lower class; a class without a vote is never correct.
   """
   (train_x, train_y), (test_x, test_y) = train, test
   check(neighbours, len(train_x))
@@ -90,16 +78,11 @@ def searcher(
 ) -> tuple[Search, jax.Array, int]:
   """Returns (search, keys, queries): search(keys, f32[queries, D]) -> (cosine f32[queries, k], row i32[queries, k]).
 
-  Neighbours are sorted by similarity, of equal ones the lower row first. Each device searches its own training rows
-  block by block and keeps the best k; then each device merges the candidates of all devices for its part of the
-  queries, so that the results are split over the devices by query.
+  `train_x` is f[N, D], the same on every process, k at most N. Neighbours are sorted by similarity, of equal ones the
+  lower row first. `queries` is rounded up to a multiple of the devices, `block` counts training rows of one device.
 
-  Args:
-    train_x: f[N, D], the same on every process.
-    k: number of neighbours, at most N.
-    mesh: the devices.
-    queries: test rows per step; rounded up to a multiple of the devices.
-    block: training rows of one device per block.
+  Each device searches its own training rows block by block and keeps the best k; then each device merges the
+  candidates of all devices for its part of the queries, so that the results are split over the devices by query.
   """
   examples = len(train_x)
   queries = -(-queries // mesh.size) * mesh.size

@@ -22,63 +22,40 @@ BLOCK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Settings of the classifiers that `train_grid` trains.
+  """Settings of the classifiers that `train_grid` trains: L learning rates times W weight decays."""
 
-  Attributes:
-    learning_rates: L of them, per 256 images (linear scaling).
-    weight_decays: W of them.
-    epochs: passes over the training rows.
-    batch_size: rows per step, a multiple of the devices.
-    momentum: decay of the momentum buffer.
-  """
-
-  learning_rates: Sequence[float]
+  learning_rates: Sequence[float]  # Per 256 images, linearly scaled.
   weight_decays: Sequence[float]
   epochs: int
-  batch_size: int
+  batch_size: int  # A multiple of the devices.
   momentum: float = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class L2Path:
-  """Settings of the logistic regressions that `logistic_regression` solves.
-
-  Attributes:
-    l2_strengths: S of them.
-    max_steps: of L-BFGS, for each strength.
-    tolerance: L-BFGS stops when no entry of the gradient is larger.
-  """
+  """Settings of the logistic regressions that `logistic_regression` solves, one for each of S strengths."""
 
   l2_strengths: Sequence[float]
-  max_steps: int
-  tolerance: float
+  max_steps: int  # Of L-BFGS, for each strength.
+  tolerance: float  # L-BFGS stops when no entry of the gradient is larger.
 
 
 def train_grid(
   train_x: np.ndarray, train_y: np.ndarray, grid: Grid, *, classes: int, seed: int, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-  """Returns a linear classifier for each learning rate and weight decay, all trained at once.
+  """Returns a linear classifier for each learning rate and weight decay, all trained at once on f[N, D] and i32[N].
 
-  Appendix B.6 of Chen et al. 2020, on fixed features: `optim.momentum`, a cosine learning rate without warm-up, weights
-  initialised to zero, the L2 term of `optim.weight_decay_loss` (which includes the bias, as in the reference). All
-  classifiers see the same batches, so that the product of a batch with all weights is one matrix product.
+  They are params of `heads.LinearHead` with two leading axes: kernel f[L, W, D, K], bias f[L, W, K], in the dtype of
+  the features. Appendix B.6 of Chen et al. 2020, on fixed features: `optim.momentum`, a cosine learning rate without
+  warm-up, weights initialised to zero, the L2 term of `optim.weight_decay_loss` (which includes the bias, as in the
+  reference). All classifiers see the same batches, so that the product of a batch with all weights is one matrix
+  product.
 
   An epoch is one dispatch of N // batch_size steps. Its order is a function of (seed, epoch); the rows that do not fill
   a last batch are left out, others in each epoch. The schedule counts epochs * (N // batch_size) steps.
 
   Every device holds all features (those of ImageNet with ResNet-50: 1.28M x 2048 x 4 bytes = 10.5 GB, which limits the
   size of the data), three copies of every classifier (24 of them: 0.6 GB) and the logits of its part of a batch.
-
-  Args:
-    train_x: f[N, D]; everything is computed in its dtype.
-    train_y: i32[N].
-    grid: the settings.
-    classes: K.
-    seed: of the order of the rows.
-    mesh: the devices that share every batch; None for one device.
-
-  Returns:
-    params of `heads.LinearHead` with two leading axes: kernel f[L, W, D, K], bias f[L, W, K].
   """
   mesh = mesh or _one_device()
   sharding.check_divisible(grid.batch_size, mesh)
@@ -145,10 +122,14 @@ def _grid_functions(grid, head, shape, seed, mesh):
 def logistic_regression(
   train_x: np.ndarray, train_y: np.ndarray, path: L2Path, *, classes: int, mesh: Mesh | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Returns logistic regressions, one for each strength of the L2 penalty, and how their searches ended.
+  """Returns multinomial logistic regressions of f[N, D], one for each strength of the L2 penalty, and how each ended.
 
-  They are multinomial. Where labels are vectors, there is a binary regression for each class: the sum of their
-  objectives is minimised, with one strength for all; its minimum is the minimum of each.
+  The first are params of `heads.LinearHead` with one leading axis: kernel f[S, D, K], bias f[S, K], in the dtype of the
+  features; the second are `objective` f[S], `gradient` f[S] (its largest entry) and `steps` i32[S] of the searches.
+
+  Labels are i32[N]; or i32[N, K], whether row n is of class k: 1 yes, 0 no, -1 unknown (not counted). There is then a
+  binary regression for each class: the sum of their objectives is minimised, with one strength for all; its minimum is
+  the minimum of each.
 
   The objective is mean cross-entropy + strength / 2 * ||kernel||^2 (scikit-learn's with C = 1 / (N strength)); the bias
   is not penalised. It is minimised by `optax.lbfgs` on the devices; scikit-learn's L-BFGS uses one processor. The
@@ -158,17 +139,6 @@ def logistic_regression(
 
   The rows and their logits (for ImageNet 1.28M x 1000 x 4 bytes = 5.1 GB, and as much again for each of the few arrays
   of that shape in a gradient) are split over the devices; products have the full precision of the features' dtype.
-
-  Args:
-    train_x: f[N, D]; everything is computed in its dtype.
-    train_y: i32[N]; or i32[N, K], whether row n is of class k: 1 yes, 0 no, -1 unknown (not counted).
-    path: the strengths, and when a search stops.
-    classes: K.
-    mesh: the devices that share the rows; None for one device.
-
-  Returns:
-    params of `heads.LinearHead` with one leading axis: kernel f[S, D, K], bias f[S, K]; and for each strength
-    `objective` f[S], `gradient` f[S] (its largest entry) and `steps` i32[S].
   """
   mesh = mesh or _one_device()
   share = np.full(len(train_x), 1 / len(train_x), train_x.dtype)
@@ -228,13 +198,7 @@ def _losses(logits, y):
 
 
 def logits(params: dict[str, Any], x: np.ndarray, *, mesh: Mesh | None = None) -> Iterator[np.ndarray]:
-  """Yields f[M, K] for each classifier of an L2 path.
-
-  Args:
-    params: of `heads.LinearHead` with one leading axis: kernel f[S, D, K], bias f[S, K].
-    x: f[M, D].
-    mesh: the devices that share the rows; None for one device.
-  """
+  """Yields the logits f[M, K] of f[M, D] for each classifier of an L2 path (kernel f[S, D, K], bias f[S, K])."""
   mesh = mesh or _one_device()
   of_rows = jax.jit(
     lambda kernel, bias, x: jnp.dot(x, kernel, precision="highest") + bias[None],
@@ -248,16 +212,9 @@ def logits(params: dict[str, Any], x: np.ndarray, *, mesh: Mesh | None = None) -
 def accuracies(
   params: dict[str, Any], x: np.ndarray, y: np.ndarray, *, mesh: Mesh | None = None
 ) -> dict[str, np.ndarray]:
-  """Returns top-1 and top-5 accuracy of every classifier of a grid or an L2 path; 0 for one that diverged.
+  """Returns `top1` and `top5` f64[...] of every classifier of a grid or an L2 path; 0 for one that diverged.
 
-  Args:
-    params: of `heads.LinearHead` with any leading axes: kernel f[..., D, K], bias f[..., K].
-    x: f[M, D].
-    y: i32[M].
-    mesh: the devices that share the rows; None for one device.
-
-  Returns:
-    `top1` and `top5`, float64[...], shares of M.
+  Classifiers have any leading axes: kernel f[..., D, K], bias f[..., K]. The rows are f[M, D] and i32[M].
   """
   mesh = mesh or _one_device()
   examples, block = len(x), -(-BLOCK // mesh.size) * mesh.size
@@ -280,12 +237,7 @@ def accuracies(
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-  """Returns all arrays minus the mean and divided by the standard deviation of `train`; constant features become 0.
-
-  Args:
-    train: f[N, D].
-    others: f[M, D] each, of the same features.
-  """
+  """Returns arrays f[..., D] minus the mean of `train`, by its standard deviation; constant features become 0."""
   mean, variance = _moments(train)
   deviation = np.sqrt(variance)
   varies = deviation > np.finfo(train.dtype).eps * np.abs(mean)
@@ -294,14 +246,10 @@ def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 
 
 def precondition(train: np.ndarray, *others: np.ndarray) -> tuple[list[np.ndarray], float]:
-  """Returns all arrays minus the mean of `train` and divided by one number, and that number.
+  """Returns arrays f[..., D] minus the mean of `train` and divided by one number, and that number.
 
   The logistic regressions are the same in the new coordinates if the L2 strength is divided by the number's square (the
   bias, which is not penalised, absorbs the mean), and L-BFGS needs a tenth of the steps.
-
-  Args:
-    train: f[N, D].
-    others: f[M, D] each, of the same features.
   """
   mean, variance = _moments(train)
   scale = float(np.sqrt(np.mean(variance))) or 1.0
@@ -316,10 +264,7 @@ def _moments(x):
 
 
 def held_back(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns sorted row numbers (to train on, to choose by) of a random split with about `share` in the second part.
-
-  Both parts have at least one row.
-  """
+  """Returns sorted row numbers (to train on, to choose by), at least one each, about `share` of them in the second."""
   count = min(max(1, round(examples * share)), examples - 1)
   order = np.random.default_rng([seed, 0]).permutation(examples)
   return np.sort(order[count:]), np.sort(order[:count])
@@ -330,12 +275,7 @@ def probe_accuracy(
 ) -> float:
   """Returns the held-out accuracy of scikit-learn's logistic regression on standardised features; for small data.
 
-  Args:
-    train_x: f32[N, D].
-    train_y: i32[N].
-    test_x: f32[M, D].
-    test_y: i32[M].
-    regularisation: scikit-learn's C, the inverse strength of the L2 penalty.
+  Rows are f32[N, D] and i32[N]; `regularisation` is scikit-learn's C, the inverse strength of the L2 penalty.
   """
   probe = pipeline.make_pipeline(
     preprocessing.StandardScaler(), linear_model.LogisticRegression(C=regularisation, max_iter=2000)
@@ -354,9 +294,7 @@ def _zeros(head, dim):
 def _over_grid(of, *rest):
   """Returns `of(learning rate, weight decay, ...)` mapped over vectors of both; results have leading axes [L, W].
 
-  Args:
-    of: the function for one cell.
-    rest: for each further argument 0 if it has the grid's axes, else None.
+  `rest` says of each further argument whether it has the grid's axes: 0 if so, else None.
   """
   return jax.vmap(jax.vmap(of, in_axes=(None, 0, *rest)), in_axes=(0, None, *rest))
 

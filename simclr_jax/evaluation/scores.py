@@ -15,13 +15,9 @@ from simclr_jax.hardware import sharding
 def accuracy(
   logits_of: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: features.Batches, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
-  """Returns top-1 and top-5 accuracy, mean cross-entropy (`loss`) and the number of examples of a whole split.
+  """Returns `top1`, `top5`, the mean cross-entropy (`loss`) and the number of `examples` of a whole split.
 
-  Args:
-    logits_of: (variables, [B, H, W, 3]) -> f32[B, K].
-    variables: passed to `logits_of`.
-    batches: this process's rows: `image`, `label`, `mask` (0 marks padding, which is not counted).
-    mesh: the devices that share each batch.
+  `logits_of` is (variables, [B, H, W, 3]) -> f32[B, K]; the mesh shares each batch.
   """
 
   # Each batch is summed on the devices, as integers and float32, and the batches on the host in float64.
@@ -47,14 +43,10 @@ def accuracy(
 
 
 def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Returns i32[N], the number of classes that rank above the correct one: 0 where the prediction is correct.
+  """Returns i32[N], how many classes rank above the correct one in logits f32[N, K]: 0 where the prediction is correct.
 
   Of equal logits the lower class ranks higher, as in argmax. In a row with NaN every class ranks above the correct
   one, so that a classifier that diverged is never correct.
-
-  Args:
-    logits: f32[N, K].
-    label: i32[N].
   """
   own = jnp.take_along_axis(logits, label[:, None], axis=1)
   not_lower = jnp.arange(logits.shape[1])[None] >= label[:, None]
@@ -63,22 +55,12 @@ def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def top1(scores: np.ndarray, y: np.ndarray) -> float:
-  """Returns the share of rows whose highest score is that of the correct class; of equal scores the lower class counts.
-
-  Args:
-    scores: f[N, K]; a row with NaN is never correct.
-    y: i32[N].
-  """
+  """Returns the share of rows f[N, K] whose `predicted` class is that of i32[N]."""
   return float(np.mean(predicted(scores) == y))
 
 
 def mean_per_class(scores: np.ndarray, y: np.ndarray) -> float:
-  """Returns the mean over the classes in `y` of the share of their rows that is correct, as in `top1`.
-
-  Args:
-    scores: f[N, K].
-    y: i32[N].
-  """
+  """Returns the mean over the classes in i32[N] of the share of their rows f[N, K] that is correct, as in `top1`."""
   correct = predicted(scores) == y
   return float(np.mean([np.mean(correct[y == label]) for label in np.unique(y)]))
 
@@ -86,9 +68,7 @@ def mean_per_class(scores: np.ndarray, y: np.ndarray) -> float:
 def mean_average_precision(scores: np.ndarray, y: np.ndarray) -> float:
   """Returns the mean of `average_precision` over the classes with at least one positive row (PASCAL VOC 2007's mAP).
 
-  Args:
-    scores: f[N, K].
-    y: i32[N, K]: 1 positive, 0 negative, -1 not counted for this class.
+  Scores are f[N, K], labels i32[N, K]: 1 positive, 0 negative, -1 not counted for this class.
   """
   present = np.flatnonzero(np.any(y == 1, axis=0))
   return float(np.mean([average_precision(scores[:, label], y[:, label]) for label in present]))
@@ -98,11 +78,8 @@ def average_precision(scores: np.ndarray, y: np.ndarray) -> float:
   """Returns the 11-point interpolated average precision of one class; Everingham et al. 2010, section 4.2.
 
   It is the mean over recalls r = 0, 0.1, ..., 1 of the highest precision at a recall of at least r. Rows are sorted by
-  score, rows with equal scores keep their order; with a NaN among the scores the result is 0.
-
-  Args:
-    scores: f[N].
-    y: i32[N]: 1 positive, 0 negative, -1 not counted; at least one is 1.
+  score f[N], rows with equal scores keep their order; with a NaN among the scores the result is 0. Labels are i32[N]:
+  1 positive, 0 negative, -1 not counted; at least one is 1.
   """
   scores, y = scores[y >= 0], y[y >= 0]
   if np.any(np.isnan(scores)):
@@ -115,9 +92,5 @@ def average_precision(scores: np.ndarray, y: np.ndarray) -> float:
 
 
 def predicted(scores: np.ndarray) -> np.ndarray:
-  """Returns i64[N], the class with the highest score; -1 for rows with NaN.
-
-  Args:
-    scores: f[N, K].
-  """
+  """Returns i64[N], the class with the highest of the scores f[N, K], of equal ones the lower; -1 for rows with NaN."""
   return np.where(np.any(np.isnan(scores), axis=1), -1, np.argmax(scores, axis=1))

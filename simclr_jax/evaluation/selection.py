@@ -20,73 +20,45 @@ Rows = tuple[np.ndarray, np.ndarray]  # Row numbers to train on, and to choose b
 
 @dataclasses.dataclass(frozen=True)
 class GridChoice:
-  """The classifier of a `probes.Grid` that was chosen.
-
-  Attributes:
-    learning_rate, weight_decay: of the cell with the highest validation accuracy; of equal ones the first.
-    top1, top5: test accuracies of this cell, trained on all rows.
-    validation_top1: f64[L, W], of every cell.
-  """
+  """The classifier of a `probes.Grid` with the highest validation accuracy; of equal ones the first."""
 
   learning_rate: float
   weight_decay: float
-  top1: float
+  top1: float  # On the test split, trained on all rows.
   top5: float
-  validation_top1: np.ndarray
+  validation_top1: np.ndarray  # f64[L, W], of every cell.
 
 
 @dataclasses.dataclass(frozen=True)
 class PathChoice:
-  """The logistic regression of a `probes.L2Path` that was chosen.
-
-  Attributes:
-    l2_strength: with the highest validation accuracy; of equal ones the first.
-    top1, top5: test accuracies with this strength, trained on all rows.
-    validation_top1: f64[S], of every strength.
-  """
+  """The logistic regression of a `probes.L2Path` with the highest validation accuracy; of equal ones the first."""
 
   l2_strength: float
-  top1: float
+  top1: float  # On the test split, trained on all rows.
   top5: float
-  validation_top1: np.ndarray
+  validation_top1: np.ndarray  # f64[S], of every strength.
 
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-  """The logistic regression that the transfer protocol chose.
+  """The logistic regression of the transfer protocol with the highest validation score; of equal ones the strongest."""
 
-  Attributes:
-    value: score on the test split, trained on the training and validation splits.
-    l2: strength with the highest score on the validation split; of equal ones the strongest.
-    validation: score on the validation split of every strength.
-  """
-
-  value: float
+  value: float  # Score on the test split, trained on the training and validation splits.
   l2: float
-  validation: list[float]
+  validation: list[float]  # Score of every strength.
 
 
 def choose_from_grid(
-  train: Features,
-  rows: Rows,
+  train: Features,  # x f[P, N, D], the training images in P passes (the first one undistorted), and label i32[N].
+  rows: Rows,  # Those to choose by count in the first pass.
   test: Features,
   grid: probes.Grid,
   *,
   classes: int,
-  seed: int,
+  seed: int,  # Of the order of the rows.
   mesh: jax.sharding.Mesh | None = None,
 ) -> GridChoice:
-  """Returns the cell of a grid that is best on held-back images, and its accuracies on the test split.
-
-  Args:
-    train: x f[P, N, D], the features of the training images in P passes (the first one undistorted), and label i32[N].
-    rows: the images to train on and those to choose by, whose first pass counts.
-    test: the test split.
-    grid: learning rates, weight decays and how to train.
-    classes: number of labels.
-    seed: of the order of the rows.
-    mesh: the devices that share the work; None for one device.
-  """
+  """Returns the cell of a grid that is best on held-back images, and its accuracies on the test split."""
   x, y = train
   fitted, chosen_by = rows
   options = {"classes": classes, "seed": seed, "mesh": mesh}
@@ -111,15 +83,7 @@ def choose_from_path(
 ) -> PathChoice:
   """Returns the L2 strength that is best on held-back images, and its accuracies on the test split.
 
-  Features are standardised by those that the regression is trained on.
-
-  Args:
-    train: x f[P, N, D], the features of the training images in P passes (the first one undistorted), and label i32[N].
-    rows: the images to train on and those to choose by, whose first pass counts.
-    test: the test split.
-    path: the strengths, and when a search stops.
-    classes: number of labels.
-    mesh: the devices that share the work; None for one device.
+  Features are standardised by those that the regression is trained on; arguments as for `choose_from_grid`.
   """
   x, y = train
   fitted, chosen_by = rows
@@ -149,35 +113,29 @@ def split_off(features: Features, share: float, seed: int) -> tuple[Features, Fe
 
 
 def best_regression(
-  name: str,
+  name: str,  # Of the data set, for warnings.
   train: Features,
-  validation: Features,
+  validation: Features,  # Chooses the strength; then trained on, too.
   test: Features,
-  path: probes.L2Path,
+  path: probes.L2Path,  # Ascending strengths, for the sum, not the mean, of the losses over the images.
   *,
-  score: Callable[[np.ndarray, np.ndarray], float],
+  score: Callable[[np.ndarray, np.ndarray], float],  # (logits f[M, K], labels) -> float, such as `scores.top1`.
   classes: int,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Regression:
-  """Returns the logistic regression of the transfer protocol; Chen et al. 2020, appendix B.8.
-
-  Args:
-    name: of the data set, for warnings.
-    train: (f[N, D], i32[N] or i32[N, K]).
-    validation: chooses the strength; then trained on, too.
-    test: counted once.
-    path: ascending strengths for the sum, not the mean, of the losses over the images; and when a search stops.
-    score: (logits f[M, K], labels) -> float, such as `scores.top1`.
-    classes: K.
-    mesh: the devices that share the work; None for one device.
-  """
+  """Returns the logistic regression of the transfer protocol; Chen et al. 2020, appendix B.8."""
 
   def scored(train, held_out, strengths):
     (train_x, other_x), scale = probes.precondition(train.x, held_out.x)
     # `logistic_regression` takes strengths for the mean of the losses, here in coordinates divided by `scale`.
     of_mean = dataclasses.replace(path, l2_strengths=[strength / (len(train_x) * scale**2) for strength in strengths])
     trained, ended = probes.logistic_regression(train_x, train.label, of_mean, classes=classes, mesh=mesh)
-    _warn(name, ended, path.tolerance)
+    far = ~(ended["gradient"] <= path.tolerance)
+    if np.any(far):
+      log.warning(
+        "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
+        *(name, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), path.tolerance),
+      )
     return [score(logits, held_out.label) for logits in probes.logits(trained, other_x, mesh=mesh)]
 
   train, validation, test = (Features(*split) for split in (train, validation, test))
@@ -186,16 +144,6 @@ def best_regression(
   both = Features(*(np.concatenate(arrays) for arrays in zip(train, validation, strict=True)))
   (value,) = scored(both, test, [path.l2_strengths[best]])
   return Regression(value, float(path.l2_strengths[best]), by_strength)
-
-
-def _warn(name, ended, tolerance):
-  """Logs how many searches did not converge."""
-  far = ~(ended["gradient"] <= tolerance)
-  if np.any(far):
-    log.warning(
-      "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
-      *(name, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), tolerance),
-    )
 
 
 def _flat(x, y):

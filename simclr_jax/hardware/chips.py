@@ -13,23 +13,14 @@ _NVIDIA = "nvidia.com, data sheet"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip, with the figures that its maker publishes.
-
-  Attributes:
-    name: for messages.
-    memory: bytes of high-bandwidth memory.
-    flops: peak dense FLOP/s of matrix products in bfloat16 (V100: float16) with float32 accumulation.
-    bandwidth: of the memory, in bytes/s.
-    source: of these figures.
-    devices: number of JAX devices per chip.
-  """
+  """One chip, with the figures that its maker publishes."""
 
   name: str
-  memory: float
-  flops: float
-  bandwidth: float
-  source: str
-  devices: int = 1
+  memory: float  # Bytes of high-bandwidth memory.
+  flops: float  # Peak dense FLOP/s of matrix products in bfloat16 (V100: float16) with float32 accumulation.
+  bandwidth: float  # Of the memory, in bytes/s.
+  source: str  # Of these figures.
+  devices: int = 1  # JAX devices per chip.
 
 
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
@@ -64,9 +55,7 @@ def peak_of(devices: Sequence[jax.Device]) -> float:
 
 
 def named(name: str) -> Chip:
-  """Returns the chip with this name or an unambiguous beginning of it, such as `v5e`, `TPU v3` or `H100`.
-
-  Upper and lower case are the same.
+  """Returns the chip with this name or an unambiguous beginning of it, such as `v5e`, `TPU v3` or `h100`.
 
   Raises:
     UserError: no chip or more than one has this name.

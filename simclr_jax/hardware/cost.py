@@ -12,19 +12,13 @@ import jax
 import numpy as np
 from jax.extend import core
 
-Counter = collections.Counter
-
 
 def matrix_flops(function: Callable, *args: Any) -> int:
-  """Returns the FLOPs of the convolutions and matrix products in one call of `function`.
+  """Returns the FLOPs of the convolutions and matrix products in one call of a function; arguments may be shapes.
 
   A multiply-add counts as two, and multiplications with padding count, as in ResNet's published 4.1 billion
   multiply-adds. Nothing is computed or compiled. The body of a scan counts once per iteration; rematerialised code
   counts as often as it stands in the jaxpr.
-
-  Args:
-    function: a traceable function.
-    *args: arrays or their shapes.
   """
   return _flops_of(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -32,14 +26,9 @@ def matrix_flops(function: Callable, *args: Any) -> int:
 def flops_by_module(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], int]:
   """Returns the FLOPs of each convolution and dense layer in one call of a network, by path in the parameter tree.
 
-  FLOPs are counted as in `matrix_flops`; nothing is computed or compiled.
-
-  Args:
-    model: the network.
-    variables: the network's arrays or their shapes.
-    *args, **kwargs: arguments of the call; arrays may be shapes.
+  FLOPs are counted as in `matrix_flops`; nothing is computed or compiled. Variables and arguments may be shapes.
   """
-  found = Counter()
+  found = collections.Counter()
 
   def record(call, inputs, keywords, context):
     out = call(*inputs, **keywords)
@@ -83,21 +72,13 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective operation in a compiled program.
+  """One collective operation in a compiled program."""
 
-  Attributes:
-    kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-    purpose: `loss`, `batch norm` or `parameters` (all-reduce of gradients, all-gather of split parameters).
-    calls: number of calls in one run of the program.
-    bytes: size of the operand or of the result on one device, whichever is larger, times `calls`.
-    shapes: of the results, in HLO notation.
-  """
-
-  kind: str
-  purpose: str
-  calls: int
-  bytes: int
-  shapes: tuple[str, ...]
+  kind: str  # `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+  purpose: str  # `loss`, `batch norm` or `parameters` (all-reduce of gradients, all-gather of split parameters).
+  calls: int  # In one run of the program.
+  bytes: int  # Size of the operand or of the result on one device, whichever is larger, times `calls`.
+  shapes: tuple[str, ...]  # Of the results, in HLO notation.
 
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
@@ -109,11 +90,9 @@ _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s16": 2, 
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-  """Returns the collectives in one run of a compiled program; those in a loop count once per iteration.
+  """Returns the collectives in one run of a compiled module, given its HLO text (of any backend) and its devices.
 
-  Args:
-    hlo: text of the compiled module, of any backend.
-    devices: number of devices that run the program.
+  Those in a loop count once per iteration.
   """
   bodies, entry = _computations(hlo)
   runs = _runs(bodies, entry)
@@ -141,9 +120,9 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _runs(bodies: dict[str, list[str]], entry: str) -> Counter:
+def _runs(bodies: dict[str, list[str]], entry: str) -> collections.Counter:
   """Returns the number of runs of each computation."""
-  runs = Counter()
+  runs = collections.Counter()
 
   def visit(name, times):
     runs[name] += times

@@ -33,25 +33,14 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(array: np.ndarray, mesh: Mesh, rows: int | None = None, dtype: Any = None) -> jax.Array:
-  """Returns an array whole on every device of the mesh.
-
-  Args:
-    array: the same on every process.
-    mesh: the devices.
-    rows: length of the result, padded with zeros; None for the array's own.
-    dtype: of the result; None for the array's own.
-  """
+  """Returns an array, the same on every process, whole on every device; padded with zeros to `rows`, and cast."""
   return _placed(array, replicated(mesh), len(array) if rows is None else rows, dtype)
 
 
 def place_rows(array: np.ndarray, mesh: Mesh, rows: int | None = None, dtype: Any = None) -> jax.Array:
-  """Returns an array with its rows split over the devices of the mesh; each device's part is padded and cast alone.
+  """Returns an array, the same on every process, with its rows split; each device's part is padded and cast alone.
 
-  Args:
-    array: the same on every process.
-    mesh: the devices.
-    rows: length of the result, padded with zeros; a multiple of the devices. None for the smallest one.
-    dtype: of the result; None for the array's own.
+  The length `rows` is a multiple of the devices, by default the smallest one; padded rows are zeros.
   """
   return _placed(array, batched(mesh), -(-len(array) // mesh.size) * mesh.size if rows is None else rows, dtype)
 

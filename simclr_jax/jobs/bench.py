@@ -17,6 +17,7 @@ Figures are medians of --rounds=5. PyTorch and lightly take part where they are 
 line to results/bench.jsonl of a checkout.
 """
 
+import dataclasses
 import importlib
 import os
 from typing import Any
@@ -33,32 +34,35 @@ GPU_SECTIONS = ("resnet50", "cifar")
 SMALL_BATCHES = (8,)
 
 
-def run(
-  workdir: str,
-  *,
-  only: tuple[str, ...] = (),
-  sizes: tuple[int, ...] = SIZES,
-  data_dir: str = "",
-  rounds: int = 5,
-  gpu: bool = False,
-  small: bool = False,
-  batches: tuple[int, ...] = (),
-  npz: str = "",
-  epochs: float = 200.0,
-  steps: int = 0,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The options of the command line."""
+
+  only: tuple[str, ...] = ()
+  sizes: tuple[int, ...] = SIZES
+  data_dir: str = ""
+  rounds: int = 5
+  gpu: bool = False
+  small: bool = False
+  batches: tuple[int, ...] = ()
+  npz: str = ""
+  epochs: float = 200.0
+  steps: int = 0
+
+
+def run(workdir: str, **options: Any) -> dict[str, Any]:
   """Prints the sections and returns what `workdir`/bench.json holds: the circumstances, each section, the headlines."""
-  given = {name: value for name, value in locals().items() if name != "workdir"}
-  known = GPU_SECTIONS if gpu else SECTIONS
-  for name in only:
+  given = Options(**options)
+  known = GPU_SECTIONS if given.gpu else SECTIONS
+  for name in given.only:
     if name not in known:
       raise errors.UserError(
-        f"--only={','.join(only)}: no section {name!r}{errors.nearest(name, known)}; use {', '.join(known)}."
+        f"--only={','.join(given.only)}: no section {name!r}{errors.nearest(name, known)}; use {', '.join(known)}."
       )
-  for option, path, is_there in (("data_dir", data_dir, os.path.isdir), ("npz", npz, os.path.isfile)):
+  for option, path, is_there in (("data_dir", given.data_dir, os.path.isdir), ("npz", given.npz, os.path.isfile)):
     if path and not is_there(path):
       raise errors.UserError(f"--{option}={path} does not exist; give one that does, or leave it out.")
-  if small and not gpu:
+  if given.small and not given.gpu:
     raise errors.UserError("--small is for --gpu; the other sections have --rounds, and --sizes for the loss.")
   measure, sections = _module("measure"), _sections(workdir, given)
   result = measure.circumstances(_command(given)) | {"version": __version__}
@@ -66,7 +70,7 @@ def run(
   measure.say(f"{result['device']}, {machine}, jax {result['jax']}, commit {result['commit']}")
   path = epath.Path(workdir) / "bench.json"
   result |= {"headline": {}, "sections": {}}
-  for name in only or known:
+  for name in given.only or known:
     measure.say(f"\n{name}\n")
     section = sections[name]()
     result["headline"] |= {name: section.get("headline", {})}
@@ -74,24 +78,23 @@ def run(
     # After each, because what follows may take hours.
     files.write_json(path, result)
   # A trial on a tiny network is no result.
-  line = None if small else measure.record({key: value for key, value in result.items() if key != "sections"})
+  line = None if given.small else measure.record({key: value for key, value in result.items() if key != "sections"})
   measure.say(f"\n{path}" + (f"\n{line}" if line else ""))
   return result
 
 
-def _sections(workdir: str, given: dict[str, Any]) -> dict[str, Any]:
+def _sections(workdir: str, given: Options) -> dict[str, Any]:
   """Returns what measures each section, called without arguments."""
-  rounds, data_dir, tiny = given["rounds"], given["data_dir"], {"small": given["small"]}
-  accelerator = _module("accelerator")
-  batches = given["batches"] or (SMALL_BATCHES if given["small"] else accelerator.BATCHES)
-  length = {"epochs": given["epochs"], "steps": given["steps"]}
+  accelerator, rounds = _module("accelerator"), given.rounds
+  batches = given.batches or (SMALL_BATCHES if given.small else accelerator.BATCHES)
+  length = {"epochs": given.epochs, "steps": given.steps, "small": given.small}
   return {
-    "loss": lambda: _module("loss").run(given["sizes"] or SIZES),
-    "input": lambda: _module("host_input").run(data_dir, rounds),
+    "loss": lambda: _module("loss").run(given.sizes or SIZES),
+    "input": lambda: _module("host_input").run(given.data_dir, rounds),
     "step": lambda: _module("step").run(rounds=rounds),
     "resident": lambda: _module("resident").run(rounds=rounds),
-    "resnet50": lambda: accelerator.run(data_dir=data_dir, batches=batches, rounds=rounds, **tiny),
-    "cifar": lambda: _module("cifar").run(workdir, npz=given["npz"], **length, **tiny),
+    "resnet50": lambda: accelerator.run(data_dir=given.data_dir, batches=batches, rounds=rounds, small=given.small),
+    "cifar": lambda: _module("cifar").run(workdir, npz=given.npz, **length),
   }
 
 
@@ -107,13 +110,10 @@ def _module(name: str) -> Any:
     ) from None
 
 
-def _command(given: dict[str, Any]) -> str:
+def _command(given: Options) -> str:
   """Returns the command line that gives these options."""
-  defaults = run.__kwdefaults__
   as_text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-  options = [
-    f"--{name}" if value is True else f"--{name}={as_text(value)}"
-    for name, value in given.items()
-    if value != defaults[name]
-  ]
+  plain = dataclasses.asdict(Options())
+  changed = {name: value for name, value in dataclasses.asdict(given).items() if value != plain[name]}
+  options = [f"--{name}" if value is True else f"--{name}={as_text(value)}" for name, value in changed.items()]
   return " ".join(["python -m simclr_jax bench", *options])

@@ -13,7 +13,6 @@ as --config.checkpoint.
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import ml_collections
@@ -31,6 +30,9 @@ from simclr_jax.training import state as state_lib
 # With the small stem, by the number of classes; everything else was trained on ImageNet.
 SMALL_DATA = {0: "cifar10", 10: "cifar10", 100: "cifar100"}
 
+# Arrays under the reference's TF1 names -> `{"params": ..., "batch_stats": ...}`.
+from_reference = names.tree_of
+
 
 def run(workdir: str, *, source: str = "", ema: bool = False, classifier_layer: int = 0, image_size: int = 0) -> None:
   """Writes the network in `source` as `workdir/checkpoints/0`, and says what it is."""
@@ -43,34 +45,22 @@ def run(workdir: str, *, source: str = "", ema: bool = False, classifier_layer: 
   layer = _layer(classifier_layer, found)
   config = config_of(found, image_size)
   check(config, found, layer, shapes)
-  config_lib.claim(
-    workdir,
-    {**config.to_dict(), "convert": {"source": source, "weights": _checksum(contents.variables), "layer": layer}},
-    "convert",
-    free=("convert.source",),
-  )
+  weights = {"source": source, "weights": _checksum(contents.variables), "layer": layer}
+  config_lib.claim(workdir, {**config.to_dict(), "convert": weights}, "convert", free=("convert.source",))
   # Nothing is computed: one device of each process holds the arrays.
   mesh = sharding.data_mesh(list({device.process_index: device for device in jax.devices()}.values()))
   state = state_lib.TrainState(np.zeros((), np.int32), tree["params"], tree["batch_stats"], opt_state=())
-  checkpoints = checkpoint.Checkpoints(
-    workdir, config.to_dict(), every_steps=0, keep=config.keep_checkpoints, classifier_layer=layer
-  )
+  keys = {"every_steps": 0, "keep": config.keep_checkpoints, "classifier_layer": layer}
+  checkpoints = checkpoint.Checkpoints(workdir, config.to_dict(), **keys)
   checkpoints.save(jax.device_put(state, sharding.replicated(mesh)), 0)
   checkpoints.close()
   telemetry.log.info("%s", _report(contents, config, tree["params"], found, layer, workdir))
 
 
-def from_reference(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns `{"params": ..., "batch_stats": ...}` from arrays under the reference's TF1 names; see `names.tree_of`."""
-  return names.tree_of(variables)
-
-
 def config_of(found: architecture.Architecture, image_size: int) -> ml_collections.ConfigDict:
   """Returns the default config with this network in it; what trained it (loss, optimizer, batch) no file says.
 
-  Args:
-    found: the network.
-    image_size: pixels; 0 for what its stem is for.
+  `image_size` is in pixels; 0 takes what the network's stem is for.
   """
   config = config_lib.defaults()
   config.model.update(found.encoder)
@@ -87,10 +77,7 @@ def config_of(found: architecture.Architecture, image_size: int) -> ml_collectio
 
 
 def check(
-  config: ml_collections.ConfigDict,
-  found: architecture.Architecture,
-  layer: int,
-  shapes: Mapping[str, tuple[int, ...]],
+  config: ml_collections.ConfigDict, found: architecture.Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
   """Raises a UserError that names the first variable whose shape is not that of the config's network."""
   parts = network.Network(config)

@@ -43,20 +43,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   say("5/5 linear classifier on raw pixels, and the map of the features")
   images = experiment.Experiment(config, "demo")
   train, held_out = (_arrays(images, split) for split in (images.train, images.held_out))
-  pixels = probes.probe_accuracy(
-    train[0].reshape(len(train[0]), -1),
-    train[1],
-    held_out[0].reshape(len(held_out[0]), -1),
-    held_out[1],
-    regularisation=1e-3,
-  )
+  flat = [array for images, label in (train, held_out) for array in (images.reshape(len(images), -1), label)]
+  pixels = probes.probe_accuracy(*flat, regularisation=1e-3)
   encode, _ = inference.load_encoder(str(folder / "pretrain"))
   names = images.held_out.class_names
-  path = str(folder / "figures" / "features.png")
   shown = slice(0, 1500)  # More points hide each other.
-  figures.embedding_map(
-    encode(held_out[0][shown]), held_out[1][shown], names, path, title="Held-out images by SimCLR features (t-SNE)"
-  )
+  features, labels = encode(held_out[0][shown]), held_out[1][shown]
+  path, title = str(folder / "figures" / "features.png"), "Held-out images by SimCLR features (t-SNE)"
+  figures.embedding_map(features, labels, names, path, title=title)
   for name in ("view_pairs.png", "curves.png"):
     (folder / "pretrain" / "figures" / name).copy(folder / "figures" / name, overwrite=True)
 

@@ -13,14 +13,13 @@ encoder, and the files hold the split in its order: `name` (its file, or its num
   --config.head.evaluate_from=-1        outputs of a layer of the projection head in place of the encoder's h
 """
 
-import dataclasses
 import hashlib
 import importlib.util
 import io
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +40,7 @@ from simclr_jax.training import checkpoint, telemetry
 FREE = tuple(key for key in config_lib.FREE if key != "data.dir")
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
   """The file `path`, which holds the rows `begin` to `end` of the split."""
 
   path: epath.Path
@@ -72,7 +70,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   _claim_contents(workdir, images)
 
   parts = _parts(epath.Path(workdir), images.num_examples, keys)
-  dimension = _write_missing(this, images, _own(parts), frozen, mesh)
+  index, count = jax.process_index(), jax.process_count()
+  own = parts[len(parts) * index // count : len(parts) * (index + 1) // count]
+  dimension = _write_missing(this, images, own, frozen, mesh)
   multihost_utils.sync_global_devices("embed: all files are written")
   result = {
     "examples": images.num_examples,
@@ -113,20 +113,9 @@ def _claim_contents(workdir: str, images: source.Source) -> None:
 def _parts(folder: epath.Path, examples: int, keys) -> list[Part]:
   """Returns the files of the whole split."""
   count = -(-examples // keys.rows_per_file)
-  return [
-    Part(
-      folder / f"features-{number:05d}-of-{count:05d}.{keys.format}",
-      number * keys.rows_per_file,
-      min((number + 1) * keys.rows_per_file, examples),
-    )
-    for number in range(count)
-  ]
-
-
-def _own(parts: list[Part]) -> list[Part]:
-  """Returns this process's consecutive share of the files."""
-  index, count = jax.process_index(), jax.process_count()
-  return parts[len(parts) * index // count : len(parts) * (index + 1) // count]
+  path = lambda number: folder / f"features-{number:05d}-of-{count:05d}.{keys.format}"
+  begins = range(0, examples, keys.rows_per_file)
+  return [Part(path(n), begin, min(begin + keys.rows_per_file, examples)) for n, begin in enumerate(begins)]
 
 
 def _write_missing(
@@ -156,9 +145,7 @@ def _write_missing(
     "embed: %d images in %d files in %.1f s, %.0f images/s with compilation; %d files were there before.",
     *(rows, len(missing), seconds, rows / seconds, len(parts) - len(missing)),
   )
-  size = this.config.data.image_size
-  image = jax.ShapeDtypeStruct((mesh.size, size, size, 3), jnp.float32)
-  return jax.eval_shape(embed, frozen.variables, image).shape[1]
+  return jax.eval_shape(embed, frozen.variables, this.network.images(mesh.size)).shape[1]
 
 
 def _counted(batches: Iterator[inputs.Rows], bar: tqdm.tqdm) -> Iterator[inputs.Rows]:

@@ -13,7 +13,6 @@ similarity s vote for their labels with weight exp(s / temperature). Writes `res
 import time
 from typing import Any
 
-import jax
 import ml_collections
 
 from simclr_jax import experiment, inference, numbers
@@ -37,9 +36,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     features.check_finite(found.x, images.name, config.checkpoint)
   seconds = {"features": time.monotonic() - begin}
   begin = time.monotonic()
-  table = neighbours.accuracies(
-    known, test, neighbours=ks, temperatures=temperatures, classes=train.num_classes, mesh=this.mesh
-  )
+  options = {"neighbours": ks, "temperatures": temperatures, "classes": train.num_classes, "mesh": this.mesh}
+  table = neighbours.accuracies(known, test, **options)
   seconds["knn"] = time.monotonic() - begin
   result = {
     "eval/knn_top1": table[0]["top1"],
@@ -54,9 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     "checkpoint": config.checkpoint,
     "layer": frozen.layer,
   }
-  path = telemetry.write_result(workdir, result)
-  if jax.process_index() == 0:
-    telemetry.log.info("%s\n%s", report(result), path)
+  telemetry.log.info("%s\n%s", report(result), telemetry.write_result(workdir, result))
   return result
 
 

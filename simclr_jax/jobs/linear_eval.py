@@ -17,7 +17,6 @@ distill or linear_eval, pretraining's online classifier, or a converted release.
 import time
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -101,12 +100,11 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
     *(known.x.shape[0] * known.x.shape[1], *test.x.shape, seconds["features"]),
   )
   begin = time.monotonic()
-  by_grid = selection.choose_from_grid(
-    *(known, rows, test, grid), classes=train.num_classes, seed=config.seed, mesh=mesh
-  )
+  options = {"classes": train.num_classes, "mesh": mesh}
+  by_grid = selection.choose_from_grid(known, rows, test, grid, seed=config.seed, **options)
   seconds["grid"] = time.monotonic() - begin
   begin = time.monotonic()
-  by_path = selection.choose_from_path(known, rows, test, path, classes=train.num_classes, mesh=mesh)
+  by_path = selection.choose_from_path(known, rows, test, path, **options)
   seconds["lbfgs"] = time.monotonic() - begin
   result = {
     **_chosen(grid, path, by_grid, by_path),
@@ -119,9 +117,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
     "protocol": "features",
     "checkpoint": config.checkpoint,
   }
-  written = telemetry.write_result(this.workdir, result)
-  if jax.process_index() == 0:
-    telemetry.log.info("%s", report(result, str(written)))
+  telemetry.log.info("%s\n%s", report(result), telemetry.write_result(this.workdir, result))
   return result
 
 
@@ -162,7 +158,7 @@ def _chosen(
   }
 
 
-def report(result: dict[str, Any], path: str) -> str:
+def report(result: dict[str, Any]) -> str:
   """Returns the validation table and the held-out accuracies of protocol `features`, for people."""
   cells = {(cell["learning_rate"], cell["weight_decay"]): cell["top1"] for cell in result["validation/top1"]}
   rates, decays = (list(dict.fromkeys(axis)) for axis in zip(*cells, strict=True))
@@ -180,6 +176,5 @@ def report(result: dict[str, Any], path: str) -> str:
     f"logistic regression {100 * result['eval/lbfgs_top1']:.2f} %, {100 * result['eval/lbfgs_top5']:.2f} % "
     f"(L2 strength {result['l2_strength']:g})",
     "seconds: " + ", ".join(f"{part} {result[f'seconds/{part}']:.1f}" for part in ("features", "grid", "lbfgs")),
-    path,
   ]
   return "\n".join(lines)

@@ -46,29 +46,19 @@ KNOWN_SPLITS = {
 
 @dataclasses.dataclass
 class Plan:
-  """What one training step needs, memory in bytes of one device.
-
-  Attributes:
-    memory: by kind; None where the compiler gave up because it does not fit.
-    needed: their sum, or what the compiler says it would take.
-    available: memory of one device; None where the chip is unknown.
-    forward_flops: matrix FLOPs of both views of an image through network and heads; the backward pass takes twice that.
-    step_flops: model FLOPs of one step on all devices: no rematerialisation, no second forward pass of micro-batches.
-    step_seconds_at_peak: those over the devices' peak; None where it is unknown.
-    exchanged: (kind, purpose) -> calls and bytes of one device in one step.
-  """
+  """What one training step needs."""
 
   batch_size: int
   micro_batches: int
   devices: int
   device_kind: str
-  memory: dict[str, int] | None
-  needed: int
-  available: float | None
-  forward_flops: int
-  step_flops: int
-  step_seconds_at_peak: float | None
-  exchanged: list[dict]
+  memory: dict[str, int] | None  # Bytes of one device by kind; None where the compiler gave up: it does not fit.
+  needed: int  # Their sum, or what the compiler says it would take.
+  available: float | None  # Bytes of one device; None where the chip is unknown.
+  forward_flops: int  # Of both views of an image, matrices alone; the backward pass takes twice that.
+  step_flops: int  # Model FLOPs on all devices: no rematerialisation, no second forward pass of micro-batches.
+  step_seconds_at_peak: float | None  # Those over the devices' peak; None where it is unknown.
+  exchanged: list[dict]  # By kind and purpose: calls and bytes of one device in one step.
   steps: int
   compile_seconds: float
 
@@ -275,9 +265,8 @@ def _devices(topology: str):
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices, chip_count
   except jax.errors.JaxRuntimeError as error:
-    raise errors.UserError(
-      f"--topology={topology} is not one that the TPU compiler knows: {_first_line(error)}"
-    ) from error
+    first_line = str(error).splitlines()[0]
+    raise errors.UserError(f"--topology={topology} is not one that the TPU compiler knows: {first_line}") from error
 
 
 def _split_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -336,7 +325,3 @@ def _bytes(size: float) -> str:
       return f"{size:8.1f} {unit}"
     size /= 1024
   return f"{size:8.1f} GiB"
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).splitlines()[0]

@@ -38,13 +38,9 @@ def run(
   mfu: float = 0.4,
   draw: bool = True,
 ) -> dict[str, Any]:
-  """Pretrains, and returns (and writes to `result.json`) what is measured at the end; draws the figures.
+  """Pretrains, and returns (and writes to `result.json`) what is measured at the end.
 
-  Args:
-    config: the run's.
-    workdir: its folder.
-    profile_steps, profile_input, chip, mfu: options of the command line.
-    draw: leave the figures out where False, as a study does, which has one for all its runs.
+  Draws the figures, unless `draw` is False: a study has one for all its runs.
   """
   this = experiment.Experiment(config, "pretrain", workdir)
   train = this.train
@@ -96,25 +92,18 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
   if train.num_classes and config.data.eval_split and (model.linear_head or knobs.knn_images):
     if this.held_out.num_classes:
       known = this.rows(train.sample(knobs.knn_images, config.seed)) if knobs.knn_images else None
-      accuracies = monitor.held_out_accuracies(
-        *(model, this.mesh, this.rows(this.held_out), known),
-        knn_neighbours=knobs.knn_neighbours,
-        gather_params=this.gather_params,
-        classes=train.num_classes,
-      )
-      parts.append(accuracies)
+      options = {"knn_neighbours": knobs.knn_neighbours, "classes": train.num_classes}
+      options["gather_params"] = this.gather_params
+      parts.append(monitor.held_out_accuracies(model, this.mesh, this.rows(this.held_out), known, **options))
     else:
       telemetry.log.info("%s has no labels: no online accuracy and no online kNN.", this.held_out.name)
   if knobs.pairs:
     parts.append(monitor.pair_geometry(model, this.mesh, views, knobs.pairs, this.gather_params))
-  if not parts:
-    return None
 
   def evaluate(state):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return {f"eval/{name}": value for part in parts for name, value in part(variables).items()}
+    return {f"eval/{name}": value for part in parts for name, value in part(state.variables).items()}
 
-  return evaluate
+  return evaluate if parts else None
 
 
 def _views_of(this: experiment.Experiment, images: inputs.Input) -> Views:

@@ -23,6 +23,7 @@ diverges is such), 1 if one failed by a bug of ours. docs/studies.md has the pub
 import contextlib
 import gc
 import importlib
+import logging
 import signal
 import time
 import traceback
@@ -63,7 +64,9 @@ def run(
     "study %s: %d cells, each pretrained and evaluated (%s), in %s", study, len(due), evaluation, workdir
   )
   bugs = []
-  with _compiled_in(str(epath.Path(workdir) / "compiled")), _stopping(), _bar(len(due)) as bar:
+  options = {"desc": "study", "unit": "cell", "disable": not telemetry.log.isEnabledFor(logging.INFO)}
+  bar = tqdm.tqdm(total=len(due), dynamic_ncols=True, **options)
+  with _compiled_in(str(epath.Path(workdir) / "compiled")), _stopping(), bar:
     for number, labels in enumerate(due, 1):
       known = cells.refresh(labels)
       if not known:
@@ -92,9 +95,8 @@ def _checked(
 ) -> list[tuple[str, ...]]:
   """Returns the labels of the rows and columns asked for, once the command is known to make sense."""
   if study not in definitions.STUDIES:
-    named = (
-      f"--study={study} is unknown{errors.nearest(study, definitions.STUDIES)}" if study else "study has no --study"
-    )
+    near = errors.nearest(study, definitions.STUDIES)
+    named = f"--study={study} is unknown{near}" if study else "study has no --study"
     raise errors.UserError(f"{named}; give --study=NAME, one of {', '.join(definitions.STUDIES)}.")
   known = grid.EVALUATIONS
   if evaluation not in known:
@@ -132,12 +134,6 @@ def _run_cell(cells: grid.Grid, labels: grid.Labels) -> list[Exception]:
     bugs.append(error)
   cell["seconds"] = round(time.monotonic() - begin, 1)
   return bugs
-
-
-def _bar(cells: int) -> tqdm.tqdm:
-  return tqdm.tqdm(
-    total=cells, desc="study", unit="cell", dynamic_ncols=True, disable=not telemetry.log.isEnabledFor(20)
-  )
 
 
 @contextlib.contextmanager

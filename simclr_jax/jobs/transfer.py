@@ -56,9 +56,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if task.key in ready:
       result = _evaluate(this, task, ready[task.key], frozen, path)
       if jax.process_index() == 0:
-        result_path = epath.Path(workdir) / task.key / "result.json"
-        files.write_json(result_path, {**result, "settings": settings[task.key]})
-        telemetry.log.info("%s", _line(task.key, result))
+        files.write_json(f"{workdir}/{task.key}/result.json", {**result, "settings": settings[task.key]})
+      telemetry.log.info("%s", _line(task.key, result))
     elif finished[task.key]:
       telemetry.log.info("%s: finished before.", task.key)
       result = finished[task.key]
@@ -66,9 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       continue
     table[task.key] = result
   result = {"datasets": table, "missing": missing, "checkpoint": config.checkpoint, "layer": frozen.layer}
-  written = telemetry.write_result(workdir, result)
-  if jax.process_index() == 0:
-    telemetry.log.info("%s\n%s", report(result), written)
+  telemetry.log.info("%s\n%s", report(result), telemetry.write_result(workdir, result))
   return result
 
 
@@ -107,11 +104,7 @@ def _finished(workdir: str, key: str, settings: dict[str, Any]) -> dict[str, Any
   """Returns the result that an earlier run with the same settings left, or None."""
   path = epath.Path(workdir) / key / "result.json"
   result = json.loads(path.read_text()) if path.exists() else {}
-  return (
-    {name: value for name, value in result.items() if name != "settings"}
-    if result.get("settings") == settings
-    else None
-  )
+  return result if result.pop("settings", None) == settings else None
 
 
 def _opened(
@@ -123,13 +116,9 @@ def _opened(
   may_miss = transfer_sets.optional(config.transfer.datasets)
   for task in tasks:
     is_tfds = task.source == "tfds"
-    request = source.Request(
-      "",
-      name=task.location if is_tfds else "",
-      data_dir=config.data.dir if is_tfds else task.location,
-      max_bad_share=config.data.max_bad_share,
-      multi_label=True,
-    )
+    name, data_dir = (task.location, config.data.dir) if is_tfds else ("", task.location)
+    bad = config.data.max_bad_share
+    request = source.Request("", name=name, data_dir=data_dir, max_bad_share=bad, multi_label=True)
     try:
       names = transfer_sets.splits_of(task, sources.split_names(task.source, request))
       ready[task.key] = {
@@ -164,12 +153,8 @@ def _evaluate(
     share = this.config.transfer.validation_share
     read["train"], read["validation"] = selection.split_off(read["train"], share, this.config.seed)
   begin = time.monotonic()
-  best = selection.best_regression(
-    *(task.key, read["train"], read["validation"], read["test"], path),
-    score=METRICS[metric][0],
-    classes=train.num_classes,
-    mesh=this.mesh,
-  )
+  options = {"score": METRICS[metric][0], "classes": train.num_classes, "mesh": this.mesh}
+  best = selection.best_regression(task.key, **read, path=path, **options)
   seconds["regressions"] = time.monotonic() - begin
   by_strength = zip(path.l2_strengths, best.validation, strict=True)
   return {

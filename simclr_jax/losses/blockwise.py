@@ -25,26 +25,16 @@ Queue = tuple[jax.Array, jax.Array]
 
 
 def loss_and_metrics(
-  z: jax.Array,
+  z: jax.Array,  # f[N, 2, D], at least float32, normalised by the caller where that is wanted.
   *,
-  temperature: jax.Array,
-  mesh: Mesh | None,
-  block_size: int,
-  label: jax.Array | None = None,
-  queue: Queue | None = None,
-  decoupled: bool = False,
+  temperature: jax.Array,  # f[]
+  mesh: Mesh | None,  # Shards N over its axis `data`; None computes on one device.
+  block_size: int,  # Largest number of columns in memory at a time.
+  label: jax.Array | None = None,  # i[N]; with labels the loss is SupCon.
+  queue: Queue | None = None,  # Further negatives of every row, replicated.
+  decoupled: bool = False,  # Whether the positive is left out of the denominator (DCL).
 ) -> tuple[jax.Array, Metrics]:
-  """Returns the mean loss over the 2N embeddings, and the metrics of `losses.nt_xent`.
-
-  Args:
-    z: f[N, 2, D], at least float32, normalised by the caller where that is wanted.
-    temperature: f[], divides the similarities.
-    mesh: shards N over its axis `data`; None computes on one device.
-    block_size: largest number of columns in memory at a time.
-    label: i[N]; with labels the loss is SupCon.
-    queue: further negatives of every row, replicated.
-    decoupled: whether the positive is left out of the denominator (DCL).
-  """
+  """Returns the mean loss over the 2N embeddings, and the metrics of `losses.nt_xent`."""
   if mesh is None:
     return _contrast(z, label, queue, temperature, decoupled, None, block_size)
   sharded = jax.shard_map(
@@ -57,15 +47,7 @@ def loss_and_metrics(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _contrast(
-  z: jax.Array,
-  label: jax.Array | None,
-  queue: Queue | None,
-  temperature: jax.Array,
-  decoupled: bool,
-  axis: str | None,
-  block: int,
-) -> tuple[jax.Array, Metrics]:
+def _contrast(z, label, queue, temperature, decoupled, axis, block):
   """Returns loss and metrics of the whole batch from this device's z f[n, 2, D] and label i[n].
 
   `axis` is the mesh axis of the devices, None for one device.
@@ -134,7 +116,9 @@ def _evaluate(z, label, queue, temperature, decoupled, axis, block, *, with_grad
       queue_term = jnp.sum(queue_grad * rows) / (2 * total * temperature)
     grad = grad.swapaxes(0, 1) / (2 * total * temperature)
   else:
-    entropies = _entropies(rows[0], columns[1], across_lse, temperature, block)
+    first, second = rows[0], columns[1]
+    add = lambda terms, piece: terms + _entropy_terms(_products(first, piece[0][0]) / temperature, across_lse)
+    entropies = _over_blocks(add, jnp.zeros_like(across_lse), (second,), block)
 
   sums = (jnp.sum(jnp.mean(row_loss, axis=0)), jnp.sum(entropies), *hits)
   loss, entropy, acc, top1 = (x / total for x in (sums if axis is None else lax.psum(sums, axis)))
@@ -194,10 +178,7 @@ def _row_statistics(rows, columns, start, temperature, block):
     near_before, near_after = (
       jnp.max(jnp.where(side, near, -jnp.inf), axis=2) / temperature for side in (distance < 0, distance > 0)
     )
-
-    def put(x, part):
-      return lax.dynamic_update_slice_in_dim(x, part, first, axis=1)
-
+    put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, first, axis=1)
     top = jnp.maximum(before, after)
     is_before = index[0] < examples[None, :]
     before = jnp.maximum(before, put(jnp.where(is_before, largest, -jnp.inf), near_before))
@@ -236,21 +217,15 @@ def _label_groups(rows, columns, label, positive, temperature, axis):
 
 
 def _gradient(rows, columns, lses, own_coefficient, groups, start, temperature, block):
-  """Returns the gradient of the rows f[2, n, D] times 2N temperature, and the entropies f[n] of `_entropies`.
+  """Returns the gradient of the rows f[2, n, D] times 2N temperature, and the entropies f[n] of the first views.
 
   The similarities are symmetric, so the gradient of row i is sum_j c_ij z_j with c_ij = p_ij + p_ji - 2 [j is a
   positive of i] / (number of positives of i). Each c is completed before the product with z; subtracting the positive
   afterwards would lose digits.
 
-  Args:
-    rows, columns: f[2, n, D] and f[2, N, D].
-    lses: log-sum-exps of the rows f[2, n] and of the columns f[2, N], so that p_ij = exp(logit - lse of i), and of the
-      first views over the second views f[n].
-    own_coefficient: f[n], c between the two views of an image.
-    groups: of `_label_groups`, or None where the other view is the only positive.
-    start: index of the first row's image.
-    temperature: f[].
-    block: largest number of columns at a time.
+  `lses` are the log-sum-exps of the rows f[2, n] and of the columns f[2, N], so that p_ij = exp(logit - lse of i), and
+  of the first views over the second views f[n]; `own_coefficient` f[n] is c between the two views of an image; `groups`
+  is that of `_label_groups`, or None where the other view is the only positive.
   """
   row_lse, column_lse, across_lse = lses
   _, n, dim = rows.shape
@@ -314,20 +289,8 @@ def _queue_gradient(rows, queue, filled, row_lse, temperature, block):
   return _over_blocks(add, jnp.zeros_like(rows), (queue,), block)
 
 
-def _entropies(rows, columns, lse, temperature, block):
-  """Returns the entropies f[n], -sum p ln(p + 1e-8), of the softmax of rows f[n, D] over columns f[N, D].
-
-  `lse` f[n] is the log-sum-exp of each row.
-  """
-
-  def add(entropies, piece):
-    (vectors,), _ = piece
-    return entropies + _entropy_terms(_products(rows, vectors) / temperature, lse)
-
-  return _over_blocks(add, jnp.zeros_like(lse), (columns,), block)
-
-
 def _entropy_terms(logits, lse):
+  """Returns f[n], what these columns add to -sum p ln(p + 1e-8), the entropy of a softmax with log-sum-exp `lse`."""
   p = jnp.exp(logits - lse[:, None])
   return -jnp.sum(p * jnp.log(p + 1e-8), axis=1)
 

@@ -24,22 +24,16 @@ Metrics = dict[str, jax.Array]
 class Loss:
   """One kind of contrastive loss: its function, and which arguments the function takes.
 
-  Attributes:
-    function: called with z f[N, 2, D] and the keyword `temperature` f[], and further keywords as the flags below say.
-      A blockwise loss returns (loss, metrics), a dense one the loss alone.
-    blockwise: takes `mesh` and `block_size`, and memory grows linearly with N; otherwise with the square of N.
-    needs_labels: takes `label` i[N].
-    takes_queue: takes `queue`, negatives from earlier steps or None; see `blockwise.loss_and_metrics`.
-    needs_margin: takes `margin`, a positive number.
-    min_images: smallest N.
+  The function is called with z f[N, 2, D] and the keyword `temperature` f[], and further keywords as the flags say. A
+  blockwise loss returns (loss, metrics), a dense one the loss alone.
   """
 
   function: Callable[..., Any]
-  blockwise: bool = False
-  needs_labels: bool = False
-  takes_queue: bool = False
-  needs_margin: bool = False
-  min_images: int = 1
+  blockwise: bool = False  # Takes `mesh` and `block_size`; memory is linear in N, otherwise quadratic.
+  needs_labels: bool = False  # Takes `label` i[N].
+  takes_queue: bool = False  # Takes `queue`, negatives from earlier steps; see `blockwise.loss_and_metrics`.
+  needs_margin: bool = False  # Takes `margin`, a positive number.
+  min_images: int = 1  # Smallest N.
 
 
 KINDS: dict[str, Loss] = {
@@ -66,10 +60,13 @@ def nt_xent(
   mesh: Mesh | None = None,
   block_size: int | None = None,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns the mean NT-Xent loss over the 2N embeddings, and metrics without gradient.
+  """Returns the mean NT-Xent loss over the 2N embeddings, in at least float32, and metrics without gradient.
 
   Equation 1 of Chen et al. 2020; half of what the reference optimises. Memory is linear in N. Two arrays
   are gathered from all devices: the embeddings and, for the gradient, the log-sum-exp of each row.
+
+  The metrics `contrast_acc` and `contrast_entropy` score each first view against the N second views, as the reference
+  does; `contrast_top1` scores all 2N rows against their 2N-1 others. Of equal candidates the lowest index counts.
 
   Args:
     z: f32[N, 2, D], both views of an image together.
@@ -77,53 +74,8 @@ def nt_xent(
     normalize: whether each embedding is first divided by its L2 norm.
     mesh: shards N over its axis `data`; None computes on one device.
     block_size: largest number of columns of the similarity matrix in memory at a time (default 256).
-
-  Returns:
-    The loss, in at least float32, and the metrics: `contrast_acc` and `contrast_entropy` score each
-    first view against the N second views, as the reference does; `contrast_top1` scores all 2N rows
-    against their 2N-1 others. Ties count for the candidate with the lowest index.
   """
   return contrast("nt_xent", z, temperature=temperature, normalize=normalize, mesh=mesh, block_size=block_size)
-
-
-def sup_con(
-  z: jax.Array,
-  label: jax.Array,
-  *,
-  temperature: float | jax.Array,
-  normalize: bool = True,
-  mesh: Mesh | None = None,
-  block_size: int | None = None,
-) -> tuple[jax.Array, Metrics]:
-  """Returns the mean supervised contrastive loss over the 2N embeddings, and the metrics of `nt_xent`.
-
-  Equation 2 (L_out) of Khosla et al. 2020: the positives of a row are all other rows with its label, including its
-  other view, and their log-probabilities are averaged outside the logarithm. The factor temperature /
-  base_temperature of the authors' code is left out. With all labels different the loss equals `nt_xent`.
-  The labels are gathered from all devices as well.
-
-  Args:
-    z: f32[N, 2, D], both views of an image together.
-    label: i32[N], any integers; sharded as z.
-    temperature, normalize, mesh, block_size: as for `nt_xent`.
-  """
-  return contrast("sup_con", z, label, temperature=temperature, normalize=normalize, mesh=mesh, block_size=block_size)
-
-
-def dcl(
-  z: jax.Array,
-  *,
-  temperature: float | jax.Array,
-  normalize: bool = True,
-  mesh: Mesh | None = None,
-  block_size: int | None = None,
-) -> tuple[jax.Array, Metrics]:
-  """Returns the mean decoupled contrastive loss over the 2N embeddings, and the metrics of `nt_xent`.
-
-  Yeh et al. 2021: NT-Xent without the positive in the denominator, so the loss can be negative and N must be at
-  least 2. Arguments and communication are those of `nt_xent`.
-  """
-  return contrast("dcl", z, temperature=temperature, normalize=normalize, mesh=mesh, block_size=block_size)
 
 
 def contrast(
@@ -146,9 +98,8 @@ def contrast(
 
   Args:
     kind: a key of `KINDS`.
-    z: f32[N, 2, D], both views of an image together.
-    label: i32[N], see `sup_con`.
-    temperature, normalize, mesh, block_size: as for `nt_xent`.
+    z, temperature, normalize, mesh, block_size: as for `nt_xent`.
+    label: i32[N], any integers; sharded as z.
     margin: see `dense.margin_loss`.
     queue: f32[M, D], replicated: embeddings of earlier steps, scored without normalisation as further negatives of
       every row. They get no gradient.
@@ -182,6 +133,15 @@ def contrast(
   value = loss.function(z, **keywords)
   seen, temperature = lax.stop_gradient((z, temperature))
   return value, nt_xent(seen, temperature=temperature, normalize=False, mesh=mesh, block_size=block_size)[1]
+
+
+# Equation 2 (L_out) of Khosla et al. 2020, called with z and label: the positives of a row are all other rows with its
+# label, including its other view; their log-probabilities are averaged outside the logarithm. Without the factor
+# temperature / base_temperature of the authors' code. With all labels different the loss equals `nt_xent`.
+sup_con = functools.partial(contrast, "sup_con")
+
+# Yeh et al. 2021: NT-Xent without the positive in the denominator, so it can be negative, and N must be at least 2.
+dcl = functools.partial(contrast, "dcl")
 
 
 def l2_normalized(z: jax.Array) -> jax.Array:

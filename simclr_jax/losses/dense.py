@@ -9,18 +9,12 @@ from jax import lax
 
 
 def margin_loss(z: jax.Array, *, temperature: jax.Array, margin: float, semi_hard: bool = False) -> jax.Array:
-  """Returns the mean margin loss over all 2N embeddings.
+  """Returns the mean margin loss over all 2N embeddings f[N, 2, D], N at least 2; it has no use for the temperature.
 
   Table 2 of Chen et al. 2020. The positive p of a row is the other view of its image, its negatives n are the N-1
   views of the other images from the other view's draw (section 5.1 of v1 also takes the negatives from one view
-  only). The loss of a row z is the mean over n of max(0, margin + z.n - z.p).
-
-  Args:
-    z: f[N, 2, D], both views of an image together, N at least 2; normalised by the caller where that is wanted.
-    temperature: not used; all losses take it.
-    margin: positive.
-    semi_hard: replaces the mean over the negatives by the closest negative that is farther away than the positive
-      (Schroff et al. 2015); 0 where all negatives are closer.
+  only). The loss of a row z is the mean over n of max(0, margin + z.n - z.p). `semi_hard` replaces this mean by the
+  closest negative that is farther away than the positive (Schroff et al. 2015); 0 where all negatives are closer.
   """
   del temperature
   similarity, positive, mask, count = _similarities(z, semi_hard=semi_hard)
@@ -28,14 +22,10 @@ def margin_loss(z: jax.Array, *, temperature: jax.Array, margin: float, semi_har
 
 
 def nt_logistic(z: jax.Array, *, temperature: jax.Array, semi_hard: bool = False) -> jax.Array:
-  """Returns the mean NT-logistic loss over all 2N embeddings.
+  """Returns the mean NT-logistic loss over all 2N embeddings f[N, 2, D].
 
   Table 2 of Chen et al. 2020, with positives and negatives as in `margin_loss`. The loss of a row z is
   ln(1 + exp(-z.p / temperature)) plus the mean over n of ln(1 + exp(z.n / temperature)).
-
-  Args:
-    z, semi_hard: as for `margin_loss`.
-    temperature: f[], divides the similarities.
   """
   similarity, positive, mask, count = _similarities(z, semi_hard=semi_hard)
   repulsion, attraction = jax.nn.softplus(similarity / temperature), jax.nn.softplus(-positive / temperature)

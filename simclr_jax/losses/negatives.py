@@ -39,10 +39,8 @@ def check(size: int, decay: float, *, batch_size: int, kind: str) -> None:
 def shapes(params: dict[str, Any], embedding: jax.ShapeDtypeStruct, size: int) -> Queue:
   """Returns the queue of a model as shapes with dtypes and placements; the weights are placed as the model's are.
 
-  Args:
-    params: the model's by part, arrays or shapes with placements.
-    embedding: f[..., D], the output of the projection head.
-    size: number of embeddings.
+  The model's parameters, by part, are arrays or shapes with placements; the embedding f[..., D] is what the projection
+  head gives; `size` is the number of embeddings.
   """
   copies = {part: params[part] for part in PARTS if part in params}
   mesh = jax.tree.leaves(copies)[0].sharding.mesh
@@ -73,18 +71,15 @@ def filled(queue: Queue, step: jax.Array, views: int) -> jax.Array:
 
 
 def after(
-  queue: Queue, step: jax.Array, z: jax.Array, params: dict[str, Any], *, decay: float, mesh: jax.sharding.Mesh | None
+  queue: Queue,
+  step: jax.Array,  # i32[], number of earlier steps, which says where the oldest embeddings are.
+  z: jax.Array,  # f[N, 2, D], this batch embedded by the averaged weights, normalised where the loss normalises.
+  params: dict[str, Any],  # The model's after the step.
+  *,
+  decay: float,
+  mesh: jax.sharding.Mesh | None,
 ) -> Queue:
-  """Returns the queue after a step: z replaces the oldest embeddings, and the averages follow the model's weights.
-
-  Args:
-    queue: before the step.
-    step: i32[], number of earlier steps, which says where the oldest embeddings are.
-    z: f[N, 2, D], this batch embedded by the averaged weights, normalised by the caller where the loss normalises.
-    params: the model's after the step.
-    decay: of the moving average.
-    mesh: the devices that share N; None for one device.
-  """
+  """Returns the queue after a step: z replaces the oldest embeddings, and the averages follow the model's weights."""
   buffer = queue["buffer"]
   z = z.reshape(-1, z.shape[-1]).astype(buffer.dtype)
   if mesh is not None:

@@ -31,14 +31,10 @@ Padding = tuple[Pair, Pair]
 def convolve(
   images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[Sequence[int]], **rest: Any
 ) -> jax.Array:
-  """Returns f[N, H', W', O] of images f[N, H, W, I] and a kernel f[h, w, I, O].
+  """Returns f[N, H', W', O] of images f[N, H, W, I] and a kernel f[h, w, I, O], both of one dtype.
 
-  Args:
-    images, kernel: of one dtype.
-    strides: vertical and horizontal.
-    padding: (before, after) for height and width.
-    **rest: further arguments that Linen's `Conv` gives to `jax.lax.conv_general_dilated`; only their defaults are
-      supported.
+  `padding` is (before, after) for height and width, `rest` what Linen's `Conv` gives to `jax.lax.conv_general_dilated`
+  beside.
 
   Raises:
     NotImplementedError: dilation, groups, another layout or a precision is asked for.
@@ -73,9 +69,8 @@ def _backward(strides, padding, saved, cotangent):
   images, kernel = saved
 
   def own(images, kernel, cotangent):
-    return _images_gradient(images, kernel, cotangent, strides, padding), _kernel_gradient(
-      images, kernel, cotangent, strides, padding
-    )
+    arguments = (images, kernel, cotangent, strides, padding)
+    return _images_gradient(*arguments), _kernel_gradient(*arguments)
 
   def xla(images, kernel, cotangent):
     return jax.vjp(lambda x, k: _native(x, k, strides, padding), images, kernel)[1](cotangent)
@@ -90,37 +85,26 @@ def _native(images, kernel, strides, padding):
   return jax.lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=NUMBERS)
 
 
-def _taps(
-  images: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, size: Pair
-) -> Iterator[tuple[int, int, jax.Array]]:
+def _taps(images, kernel, strides, padding, size) -> Iterator[tuple[int, int, jax.Array]]:
   """Yields (y, x, f[N, H', W', I]), the pixels that kernel[y, x] multiplies, for an output of `size` (H', W')."""
   padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
   for y in range(kernel.shape[0]):
     for x in range(kernel.shape[1]):
-      begin, end = (y, x), (y + (size[0] - 1) * strides[0] + 1, x + (size[1] - 1) * strides[1] + 1)
-      pixels = jax.lax.slice(
-        padded, (0, *begin, 0), (padded.shape[0], *end, padded.shape[3]), (1, strides[0], strides[1], 1)
-      )
-      yield y, x, pixels
+      end = (y + (size[0] - 1) * strides[0] + 1, x + (size[1] - 1) * strides[1] + 1)
+      yield y, x, jax.lax.slice(padded, (0, y, x, 0), (len(padded), *end, padded.shape[3]), (1, *strides, 1))
 
 
 def _by_taps(images, kernel, strides, padding):
-  shape = jax.eval_shape(lambda x, k: _native(x, k, strides, padding), images, kernel).shape
-  products = (
-    jnp.einsum("nhwi,io->nhwo", pixels, kernel[y, x])
-    for y, x, pixels in _taps(images, kernel, strides, padding, shape[1:3])
-  )
-  return sum(products)
+  size = jax.eval_shape(lambda x, k: _native(x, k, strides, padding), images, kernel).shape[1:3]
+  taps = _taps(images, kernel, strides, padding, size)
+  return sum(jnp.einsum("nhwi,io->nhwo", pixels, kernel[y, x]) for y, x, pixels in taps)
 
 
 def _kernel_gradient(images, kernel, cotangent, strides, padding):
   """Returns the kernel's gradient: the correlation of images and cotangent over batch and pixels."""
   if kernel.shape[:2] == (1, 1) or kernel.dtype == jnp.float64:
-    parts = [
-      jnp.einsum("nhwi,nhwo->io", pixels, cotangent)
-      for _, _, pixels in _taps(images, kernel, strides, padding, cotangent.shape[1:3])
-    ]
-    return jnp.stack(parts).reshape(kernel.shape)
+    taps = _taps(images, kernel, strides, padding, cotangent.shape[1:3])
+    return jnp.stack([jnp.einsum("nhwi,nhwo->io", pixels, cotangent) for *_, pixels in taps]).reshape(kernel.shape)
   size = math.gcd(len(cotangent), SMALL_PARTS if math.prod(cotangent.shape[1:3]) < FEW_PLACES else LARGE_PARTS)
   if size < LARGE_PARTS:
     return _correlation(images, kernel, cotangent, strides, padding)

@@ -22,26 +22,21 @@ class Encoder(Protocol):
 
   Its fields are keys of the config's `model` section, `dtype` and `param_dtype` among them. Whether it has batch
   statistics shows in its variables alone: `variables.get("batch_stats", {})`.
-
-  Attributes:
-    stages: names of the stages from the input to the output, for messages.
   """
 
   @property
-  def stages(self) -> tuple[str, ...]: ...
+  def stages(self) -> tuple[str, ...]:
+    """The names of the stages from the input to the output, for messages."""
+    ...
 
   def stage_of(self, name: str) -> int:
     """Returns the index in `stages` of a top-level module, by its name in the parameter tree."""
     ...
 
   def __call__(self, images: jax.Array, *, train: bool, after_stage: int = -1) -> jax.Array:
-    """Returns h f[N, D], in at least float32, of images f[N, H, W, 3] in [0, 1] or u8.
+    """Returns h f[N, D], in at least float32, of images f[N, H, W, 3], RGB, in [0, 1] or u8.
 
-    Args:
-      images: RGB.
-      train: whether dropout, batch statistics and the like are in training mode.
-      after_stage: index of the last frozen stage, -1 for none. Frozen stages run in inference mode and get no
-        gradient.
+    Stages up to the index `after_stage` (-1 for none) are frozen: they run in inference mode and get no gradient.
     """
     ...
 
@@ -57,7 +52,7 @@ def build(keys: Mapping[str, Any]) -> Encoder:
       of other encoders are ignored.
 
   Raises:
-    UserError: the encoder or a dtype is unknown.
+    UserError: the encoder is unknown.
   """
   name = keys.get("encoder", "resnet")
   if name not in ENCODERS:
@@ -66,13 +61,4 @@ def build(keys: Mapping[str, Any]) -> Encoder:
     )
   fields = [field.name for field in dataclasses.fields(ENCODERS[name]) if field.name not in ("parent", "name")]
   given = {key: keys[key] for key in fields if key in keys}
-  return ENCODERS[name](
-    **{key: dtype_of(value, key) if key.endswith("dtype") else value for key, value in given.items()}
-  )
-
-
-def dtype_of(name: str, key: str) -> Any:
-  """Returns the dtype of this name, or raises a UserError about `config.model.<key>`."""
-  if name not in DTYPES:
-    raise errors.UserError(f"config.model.{key} is {name!r}{errors.nearest(name, DTYPES)}; use {', '.join(DTYPES)}.")
-  return DTYPES[name]
+  return ENCODERS[name](**{key: DTYPES[value] if key.endswith("dtype") else value for key, value in given.items()})

@@ -47,11 +47,6 @@ class LinearHead(nn.Module):
 
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
-    dense = nn.Dense(
-      self.classes,
-      kernel_init=nn.initializers.zeros if self.zero_init else nn.initializers.normal(0.01),
-      dtype=layers.at_least_float32(self.dtype),
-      param_dtype=self.param_dtype,
-      name="dense",
-    )
-    return dense(h)
+    init = nn.initializers.zeros if self.zero_init else nn.initializers.normal(0.01)
+    dtype = layers.at_least_float32(self.dtype)
+    return nn.Dense(self.classes, kernel_init=init, dtype=dtype, param_dtype=self.param_dtype, name="dense")(h)

@@ -17,6 +17,7 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+# Defined once, since Linen compares modules by their fields.
 def _our_convolution() -> Callable[..., jax.Array]:
   return convolution.convolve
 
@@ -32,21 +33,11 @@ class Layers:
     """Returns a convolution whose padding depends only on the kernel, as in the reference.
 
     At stride 1 this is SAME; at stride 2, SAME would shift even-sized images by one pixel.
-    The kernel is initialised with LeCun's truncated normal, Linen's default.
     """
     before = (kernel - 1) // 2
     padding = (before, kernel - 1 - before)
-    return nn.Conv(
-      features,
-      (kernel, kernel),
-      (stride, stride),
-      padding=(padding, padding),
-      use_bias=bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      conv_general_dilated_cls=_our_convolution,
-      name=name,
-    )
+    options = {"use_bias": bias, "conv_general_dilated_cls": _our_convolution, "name": name, **self._dtypes}
+    return nn.Conv(features, (kernel, kernel), (stride, stride), padding=(padding, padding), **options)
 
   def batch_norm(self, *, train: bool, zero_scale: bool = False, bias: bool = True, name: str) -> nn.BatchNorm:
     """Returns a batch normalisation over the global batch; its output is in at least float32.
@@ -73,22 +64,15 @@ class Layers:
 
   def dense(self, features: int, *, name: str) -> nn.Dense:
     """Returns a dense layer without bias, initialised from N(0, 0.01^2) as in the reference's heads."""
-    return nn.Dense(
-      features,
-      use_bias=False,
-      kernel_init=nn.initializers.normal(0.01),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name=name,
-    )
+    return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.01), name=name, **self._dtypes)
+
+  @property
+  def _dtypes(self) -> dict[str, Any]:
+    return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 def as_float(images: jax.Array, dtype: Any) -> jax.Array:
-  """Returns images in `dtype`; uint8 images are divided by 255 in at least float32.
-
-  Raises:
-    UserError: images are neither uint8 nor floats.
-  """
+  """Returns images in `dtype`; uint8 images are divided by 255 in at least float32. Integers else are a UserError."""
   if images.dtype == jnp.uint8:
     images = images.astype(at_least_float32(dtype)) / 255
   if not jnp.issubdtype(images.dtype, jnp.floating):

@@ -99,12 +99,12 @@ class Block(nn.Module):
         x = selective(x, train=train)
       else:
         x = self._conv_bn_relu(x, 3, self.stride, number=2, train=train)
-      x = self.make.conv(features, 1, name="conv3")(x)
-      x = self.make.batch_norm(train=train, zero_scale=True, name="bn3")(x)
+      kernel, last = 1, 3
     else:
       x = self._conv_bn_relu(x, 3, self.stride, number=1, train=train)
-      x = self.make.conv(features, 3, name="conv2")(x)
-      x = self.make.batch_norm(train=train, zero_scale=True, name="bn2")(x)
+      kernel, last = 3, 2
+    x = self.make.conv(features, kernel, name=f"conv{last}")(x)
+    x = self.make.batch_norm(train=train, zero_scale=True, name=f"bn{last}")(x)
     if self.se_ratio > 0:
       hidden = max(1, int(self.filters * self.se_ratio))
       x = SqueezeExcite(hidden, self.make, name="squeeze_excite")(x)
@@ -133,31 +133,21 @@ class ResNet(nn.Module):
   """The encoder: images f[N, H, W, 3] in [0, 1], or u8, -> h f[N, 512 or 2048 times width].
 
   He et al. 2016 with the stride on the 3x3 convolution and a projection shortcut in the first block of every group.
-  Statistics and h are in at least float32, whatever `dtype` is. The tensors `initial_conv` (before
-  batch norm), `initial_max_pool`, `block_group1` to `block_group4` and `final_avg_pool` are sown
-  as intermediates. The modules are created in the order in which the reference numbers its layers.
-  The stages (see `encoders.Encoder`) are the stem and the four block groups.
-
-  Attributes:
-    depth: 10, 18, 34, 50, 101, 152 or 200 layers; 10 has one basic block in a group.
-    width: multiplies the channels of all layers; may be a fraction.
-    sk_ratio: above 0 (0.0625 in SimCLR v2), bottleneck blocks have selective kernels, and all depths the stem and
-      the shortcuts of ResNet-D.
-    se_ratio: above 0, blocks end with squeeze-and-excite of this reduction.
-    small_images: 3x3 stem at stride 1 without max-pooling, for CIFAR.
-    remat: rematerialisation of the block groups in the backward pass, see `remat_of_groups`; changes no result. `convs`
-      keeps the outputs of the convolutions, `blocks` the inputs of the blocks, `none` everything.
-    dtype: of the computation.
-    param_dtype: of the parameters.
+  Statistics and h are in at least float32, whatever `dtype` is. Intermediates are sown: `initial_conv` (before batch
+  norm), `initial_max_pool`, `block_group1` to `block_group4` and `final_avg_pool`. The modules are created in the order
+  in which the reference numbers its layers.
   """
 
   stages: ClassVar[tuple[str, ...]] = ("stem", "group1", "group2", "group3", "group4")
 
-  depth: int = 50
-  width: float = 1
+  depth: int = 50  # A key of BLOCKS.
+  width: float = 1  # Multiplies the channels of all layers; may be a fraction.
+  # Above 0 (0.0625 in SimCLR v2), bottlenecks have selective kernels, and all depths ResNet-D's stem and shortcuts.
   sk_ratio: float = 0.0
-  se_ratio: float = 0.0
-  small_images: bool = False
+  se_ratio: float = 0.0  # Above 0, blocks end with squeeze-and-excite of this reduction.
+  small_images: bool = False  # 3x3 stem at stride 1 without max-pooling, for CIFAR.
+  # See `remat_of_groups`. What the backward pass keeps (no result changes): `none` everything, `convs` the outputs of
+  # convolutions, `blocks` the inputs of blocks.
   remat: str = "none"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -169,10 +159,8 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool, after_stage: int = -1) -> jax.Array:
-    """Returns h; see `encoders.Encoder` for the arguments."""
     if self.depth not in BLOCKS:
-      known = ", ".join(map(str, BLOCKS))
-      raise errors.UserError(f"ResNet depth is {self.depth}; the known ones are {known}.")
+      raise errors.UserError(f"ResNet depth is {self.depth}; the known ones are {', '.join(map(str, BLOCKS))}.")
     if self.width <= 0:
       raise errors.UserError(f"ResNet width is {self.width}; it multiplies the channels and must be above 0.")
     if images.ndim != 4 or images.shape[-1] != 3:
@@ -203,12 +191,9 @@ class ResNet(nn.Module):
     return h
 
   def _stem(self, x: jax.Array, make: layers.Layers, *, train: bool) -> jax.Array:
+    convs = [(32, 3, 2), (32, 3, 1), (64, 3, 1)] if self.sk_ratio > 0 else [(64, 7, 2)]
     if self.small_images:
       convs = [(64, 3, 1)]
-    elif self.sk_ratio > 0:
-      convs = [(32, 3, 2), (32, 3, 1), (64, 3, 1)]
-    else:
-      convs = [(64, 7, 2)]
     for number, (base, kernel, stride) in enumerate(convs, start=1):
       features = channels(base, self.width)
       x = make.conv(features, kernel, stride, name=f"stem_conv{number}")(x)

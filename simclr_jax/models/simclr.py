@@ -1,4 +1,7 @@
-"""The two networks that the jobs train: SimCLR for pretraining, a classifier afterwards."""
+"""The networks that the jobs train or read: SimCLR for pretraining, a representation and a classifier afterwards.
+
+Their parameter trees have the keys `encoder` and, where there are such parts, `projection_head` and `linear_head`.
+"""
 
 from typing import Any
 
@@ -9,10 +12,7 @@ from simclr_jax.models import encoders
 
 
 class SimCLR(nn.Module):
-  """Encoder, projection head and an online classifier whose gradient stops before the encoder.
-
-  The parameter tree has the keys `encoder`, `projection_head` and, with a classifier, `linear_head`.
-  """
+  """Encoder, projection head and an online classifier whose gradient stops before the encoder."""
 
   encoder: encoders.Encoder
   projection_head: nn.Module
@@ -30,10 +30,7 @@ class SimCLR(nn.Module):
 
 
 class Representation(nn.Module):
-  """Encoder and projection head up to a layer: 0 is h, 1 the output of the first layer, ..., -1 is z.
-
-  The parameter tree has the keys `encoder` and, with a projection head, `projection_head`.
-  """
+  """Encoder and projection head up to a layer: 0 is h, 1 the output of the first layer, ..., -1 is z."""
 
   encoder: encoders.Encoder
   projection_head: nn.Module | None = None
@@ -46,22 +43,14 @@ class Representation(nn.Module):
 
 
 class Classifier(nn.Module):
-  """Linear classifier on h or on a layer of the projection head, with frozen stages for fine-tuning.
-
-  The parameter tree has the keys `encoder`, `linear_head` and, with a projection head, `projection_head`.
-
-  Attributes:
-    layer: of the projection head, as in `Representation`.
-    after_stage: index of the encoder's last frozen stage, -1 for none.
-    frozen_head: whether the projection head is frozen too.
-  """
+  """Linear classifier on h or on a layer of the projection head, with frozen stages for fine-tuning."""
 
   encoder: encoders.Encoder
   linear_head: nn.Module
   projection_head: nn.Module | None = None
-  layer: int = 0
-  after_stage: int = -1
-  frozen_head: bool = False
+  layer: int = 0  # Of the projection head, as in `Representation`.
+  after_stage: int = -1  # Index of the encoder's last frozen stage, -1 for none.
+  frozen_head: bool = False  # Whether the projection head is frozen too.
 
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Returns logits f[M, K] of images f[M, H, W, 3].

@@ -1,6 +1,7 @@
 """The architecture of a released network (depth, width, ratios, heads), inferred from the shapes of its variables."""
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from simclr_jax import errors
@@ -16,20 +17,13 @@ RELEASED_SK_RATIO = 0.0625
 
 
 class Architecture(NamedTuple):
-  """The architecture of a network.
+  """The architecture of a network."""
 
-  Attributes:
-    encoder: fields of `resnet.ResNet`, so keys of the config's `model` section: depth, width, sk_ratio, se_ratio and
-      small_images.
-    dims: size of h, then of the output of each layer of the projection head.
-    classes: of the linear head; 0 without one.
-    classifier_dim: input size of the linear head; 0 without one.
-  """
-
+  # Fields of `resnet.ResNet`, so keys of the config's `model` section: depth, width, sk_ratio, se_ratio, small_images.
   encoder: dict[str, int | float | bool]
-  dims: tuple[int, ...]
-  classes: int
-  classifier_dim: int
+  dims: tuple[int, ...]  # size of h, then of the output of each layer of the projection head
+  classes: int  # of the linear head; 0 without one
+  classifier_dim: int  # input size of the linear head; 0 without one
 
   @property
   def layers(self) -> int:
@@ -38,39 +32,32 @@ class Architecture(NamedTuple):
 
 
 def of(shapes: Shapes) -> Architecture:
-  """Returns the architecture of the network whose variables have these names and shapes.
-
-  Args:
-    shapes: by reference name; the names are those that `names.paths` returns for them.
+  """Returns the architecture of the network whose variables have these names, those of `names.paths`, and shapes.
 
   Raises:
     UserError: there is no encoder, or no width and ratio give its channels.
   """
   if not any(name.startswith("base_model/") for name in shapes):
     raise errors.UserError("there is no encoder (base_model/...) among the variables; give a whole checkpoint.")
-  kernels = {
-    int(name.split("/")[1].rpartition("_")[2]): shape
-    for name, shape in shapes.items()
-    if name.startswith("head_contrastive/") and name.endswith("/dense/kernel")
-  }
+  scopes = [name.split("/")[1] for name in shapes if re.fullmatch(r"head_contrastive/.*/dense/kernel", name)]
+  scopes.sort(key=lambda scope: int(scope.rpartition("_")[2]))
   encoder, features = _encoder(shapes)
   classifier_dim, classes = shapes.get("head_supervised/linear_layer/dense/kernel", (0, 0))
-  return Architecture(encoder, (features, *(kernels[n][-1] for n in sorted(kernels))), classes, classifier_dim)
+  dims = (features, *(shapes[f"head_contrastive/{scope}/dense/kernel"][-1] for scope in scopes))
+  return Architecture(encoder, dims, classes, classifier_dim)
 
 
 def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
   """Returns fields of `resnet.ResNet`, and the size of its output."""
   form = names.form_of(shapes)
-  channels = {
-    path[2:-1]: shapes[name][-1]
-    for name, path in names.encoder_paths(names.encoder_layers(**form._asdict())).items()
-    if path[-1] == "kernel"
-  }
+  paths = names.encoder_paths(names.encoder_layers(**form._asdict()))
+  channels = {path[2:-1]: shapes[name][-1] for name, path in paths.items() if path[-1] == "kernel"}
   blocks = [f"group{group}_block1" for group in range(1, 5)]
+  bottleneck = form.depth in resnet.BOTTLENECK_BLOCKS
   if form.selective:
     filters = [channels[block, "selective", "conv"] // 2 for block in blocks]
   else:
-    filters = [channels[block, "conv2" if form.depth in resnet.BOTTLENECK_BLOCKS else "conv1"] for block in blocks]
+    filters = [channels[block, "conv2" if bottleneck else "conv1"] for block in blocks]
   sk_ratio = se_ratio = 0.0
   if form.selective:
     reduced = [channels[block, "selective", "reduce"] for block in blocks]
@@ -88,7 +75,7 @@ def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
     "se_ratio": se_ratio,
     "small_images": form.stem == "small",
   }
-  return encoder, channels[blocks[-1], "conv3" if form.depth in resnet.BOTTLENECK_BLOCKS else "conv2"]
+  return encoder, channels[blocks[-1], "conv3" if bottleneck else "conv2"]
 
 
 def _width(filters: list[int]) -> float:
@@ -106,18 +93,13 @@ def _ratio(what: str, filters: list[int], reduced: list[int], least: int, prefer
   low = max(0 if count == least else count / base for base, count in pairs)
   high = min((count + 1) / base for base, count in pairs)
   fits = lambda ratio: all(max(int(base * ratio), least) == count for base, count in pairs)
-  return _simplest(
-    f"{what} that reduce {filters} channels to {reduced} have no common ratio", low, high, fits, preferred
-  )
+  problem = f"{what} that reduce {filters} channels to {reduced} have no common ratio"
+  return _simplest(problem, low, high, fits, preferred)
 
 
-def _simplest(
-  problem: str, low: float, high: float, fits: Callable[[float], bool], preferred: Iterable[float] = ()
-) -> float:
+def _simplest(problem, low, high, fits, preferred=()):
   """Returns a preferred number that fits, or the one with the fewest digits around the middle of `low` and `high`."""
-  middle = (low + high) / 2
-  candidates = [*preferred, *(round(middle, digits) for digits in range(10))]
-  for candidate in candidates:
+  for candidate in (*preferred, *(round((low + high) / 2, digits) for digits in range(10))):
     if candidate > 0 and fits(candidate):
       return float(candidate)
   raise errors.UserError(f"{problem}; these variables are no network of the reference.")

@@ -32,30 +32,20 @@ LEAVES = "kernel|bias|gamma|beta|moving_mean|moving_variance"
 
 
 class Contents(NamedTuple):
-  """The weights in a file.
+  """The weights in a file."""
 
-  Attributes:
-    path: of the file that was read, without the suffix `.index`.
-    form: `TF1 checkpoint`, `TF1 hub module`, `TF2 checkpoint` or `TF2 SavedModel`.
-    variables: f32 arrays by TF1 name.
-    left_out: number of variables of each kind that were not read.
-    notes: sentences on weights without moving averages.
-  """
-
-  path: str
-  form: str
-  variables: dict[str, np.ndarray]
-  left_out: dict[str, int]
-  notes: list[str]
+  path: str  # of the file that was read, without the suffix `.index`
+  form: str  # `TF1 checkpoint`, `TF1 hub module`, `TF2 checkpoint` or `TF2 SavedModel`
+  variables: dict[str, np.ndarray]  # f32, by TF1 name
+  left_out: dict[str, int]  # number of variables of each kind that were not read
+  notes: list[str]  # sentences on weights without moving averages
 
 
 def read(source: str, *, ema: bool) -> Contents:
-  """Returns the weights in a checkpoint or SavedModel of the reference.
+  """Returns the weights in a checkpoint or SavedModel of the reference, or (`ema`) the moving averages in their place.
 
-  Args:
-    source: a checkpoint's prefix (`model.ckpt-250228`) or one of its files, or the folder of a checkpoint or of a
-      SavedModel; local or gs://.
-    ema: whether to read the moving averages in place of the weights.
+  `source` is a checkpoint's prefix (`model.ckpt-250228`) or one of its files, or the folder of a checkpoint or of a
+  SavedModel; local or gs://.
 
   Raises:
     UserError: there is no such file, it cannot be read, or it has no moving averages.
@@ -72,7 +62,7 @@ def read(source: str, *, ema: bool) -> Contents:
   keys = reader.get_variable_to_shape_map()
   is_tf2 = OBJECT_GRAPH in keys
   tensor = lambda key: _checked(prefix, reader.get_tensor, key)
-  names, left_out = _tf2_names(tensor(OBJECT_GRAPH)) if is_tf2 else _weights_alone({key: key for key in keys})
+  names, left_out = _tf2_names(tensor(OBJECT_GRAPH)) if is_tf2 else _weights_alone({k: k for k in keys}, LEFT_OUT)
   names, notes = _chosen(names, left_out, ema=ema)
   variables = {name: np.asarray(tensor(key), np.float32) for name, key in sorted(names.items())}
   tf1, tf2 = ("TF1 hub module", "TF2 SavedModel") if is_saved_model else ("TF1 checkpoint", "TF2 checkpoint")
@@ -91,25 +81,25 @@ def tf1_names(full_names: Mapping[str, str]) -> dict[str, str]:
     UserError: two variables get the same name.
   """
   scope = r"(?:.*/)?"
-  norm = r"(?:sync_)?batch_normalization"
-  encoder = re.compile(rf"{scope}resnet(?:_\d+)?/{scope}(conv2d|{norm})(?:_(\d+))?/({LEAVES})")
-  projection = re.compile(rf"{scope}projection_head(?:_\d+)?/(n?l_\d+)/{scope}(dense|{norm})(?:_\d+)?/({LEAVES})")
+  layer = r"(?:sync_)?(conv2d|dense|batch_normalization)"
+  encoder = re.compile(rf"{scope}resnet(?:_\d+)?/{scope}{layer}(?:_(\d+))?/({LEAVES})")
+  projection = re.compile(rf"{scope}projection_head(?:_\d+)?/(n?l_\d+)/{scope}{layer}(?:_\d+)?/({LEAVES})")
   linear = re.compile(rf"{scope}head_supervised(?:_\d+)?/linear_layer/dense(?:_\d+)?/({LEAVES})")
   matches = {name: encoder.fullmatch(name) for name in full_names}
   # A process that built another network before continues its numbers.
-  first = {
-    kind: min((int(m[2] or 0) for m in matches.values() if m and _kind(m[1]) == kind), default=0)
-    for kind in ("conv2d", "batch_normalization")
-  }
+  first = {}
+  for match in filter(None, matches.values()):
+    kind, number = match[1], int(match[2] or 0)
+    first[kind] = min(number, first.get(kind, number))
   result, origin = {}, {}
   for name, value in full_names.items():
     renamed = name
     if match := matches[name]:
-      kind = _kind(match[1])
+      kind = match[1]
       number = int(match[2] or 0) - first[kind]
       renamed = f"base_model/{kind}{f'_{number}' if number else ''}/{match[3]}"
     elif match := projection.fullmatch(name):
-      renamed = f"head_contrastive/{match[1]}/{_kind(match[2])}/{match[3]}"
+      renamed = f"head_contrastive/{match[1]}/{match[2]}/{match[3]}"
     elif match := linear.fullmatch(name):
       renamed = f"head_supervised/linear_layer/dense/{match[1]}"
     if renamed in result:
@@ -118,10 +108,6 @@ def tf1_names(full_names: Mapping[str, str]) -> dict[str, str]:
       )
     result[renamed], origin[renamed] = value, name
   return result
-
-
-def _kind(layer: str) -> str:
-  return layer.removeprefix("sync_")
 
 
 def _find(source: str, tf: Any) -> tuple[str, bool]:
@@ -167,35 +153,23 @@ def _tf2_names(object_graph: bytes) -> tuple[dict[str, str], collections.Counter
   from tensorflow.core.protobuf import trackable_object_graph_pb2
 
   graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
-  keys = [
-    (attribute.full_name.removesuffix(":0") or attribute.checkpoint_key, attribute.checkpoint_key)
-    for node in graph.nodes
-    for attribute in node.attributes
-    if attribute.name == "VARIABLE_VALUE"
-  ]
-  left_out, weights = collections.Counter(), {}
-  for name, key in keys:
-    if kind := _kind_left_out(key, LEFT_OUT_KEYS):
-      left_out[kind] += 1
-    elif name in weights:
+  attributes = [a for node in graph.nodes for a in node.attributes if a.name == "VARIABLE_VALUE"]
+  full_names = {a.checkpoint_key: a.full_name.removesuffix(":0") or a.checkpoint_key for a in attributes}
+  full_names, left_out = _weights_alone(full_names, LEFT_OUT_KEYS)
+  weights = {}
+  for key, name in full_names.items():
+    if name in weights:
       raise errors.UserError(f'two variables of {key} have the name "{name}"; give a file with one network.')
-    else:
-      weights[name] = key
-  names, rest = _weights_alone(weights)
+    weights[name] = key
+  names, rest = _weights_alone(weights, LEFT_OUT)
   return tf1_names(names), left_out + rest
 
 
-def _weights_alone(names: Mapping[str, str]) -> tuple[dict[str, str], collections.Counter]:
-  """Returns the names that may be weights, and the number of others by kind."""
-  kinds = {name: _kind_left_out(name, LEFT_OUT) for name in names}
-  return (
-    {name: key for name, key in names.items() if not kinds[name]},
-    collections.Counter(kind for kind in kinds.values() if kind),
-  )
-
-
-def _kind_left_out(name: str, patterns: Mapping[str, str]) -> str:
-  return next((kind for kind, pattern in patterns.items() if re.fullmatch(pattern, name)), "")
+def _weights_alone(names, patterns) -> tuple[dict[str, str], collections.Counter]:
+  """Returns the entries whose names may be those of weights, and the number of others by kind."""
+  kinds = {name: next((kind for kind, p in patterns.items() if re.fullmatch(p, name)), "") for name in names}
+  weights = {name: key for name, key in names.items() if not kinds[name]}
+  return weights, collections.Counter(kind for kind in kinds.values() if kind)
 
 
 def _chosen(names: Mapping[str, str], left_out: collections.Counter, *, ema: bool) -> tuple[dict[str, str], list[str]]:
@@ -204,12 +178,10 @@ def _chosen(names: Mapping[str, str], left_out: collections.Counter, *, ema: boo
   The linear head has no averages, because v2 averages only what is trained without labels; TensorFlow's own averages
   leave out BatchNorm's moving statistics as well.
   """
-  averages = {
-    name.removeprefix(EMA_SCOPE).removesuffix(EMA_SUFFIX): key
-    for name, key in names.items()
-    if name.startswith(EMA_SCOPE) or name.endswith(EMA_SUFFIX)
-  }
-  plain = {n: key for n, key in names.items() if not (n.startswith(EMA_SCOPE) or n.endswith(EMA_SUFFIX))}
+  plain, averages = {}, {}
+  for name, key in names.items():
+    weight = name.removeprefix(EMA_SCOPE).removesuffix(EMA_SUFFIX)
+    (plain if weight == name else averages)[weight] = key
   if not ema:
     if averages:
       left_out["moving averages of weights (--ema takes these)"] = len(averages)

@@ -27,37 +27,30 @@ LINEAR_HEAD_PATHS = {
 
 
 class Conv(NamedTuple):
-  """A convolution of the encoder: its path in the tree and the size of its square kernel."""
+  """A convolution of the encoder."""
 
-  path: Path
-  kernel: int
+  path: Path  # in the tree
+  kernel: int  # size of the square kernel
   bias: bool = False
 
 
 class Norm(NamedTuple):
-  """A batch norm of the encoder: its path in the tree."""
+  """A batch norm of the encoder."""
 
-  path: Path
+  path: Path  # in the tree
 
 
 class Form(NamedTuple):
   """The arguments of `encoder_layers`, which determine the layers of an encoder."""
 
-  depth: int
-  stem: str
-  selective: bool
-  squeeze: bool
+  depth: int  # one of `resnet.BLOCKS`
+  stem: str  # a key of `STEMS`
+  selective: bool  # whether bottlenecks have selective kernels
+  squeeze: bool  # whether blocks end with squeeze-and-excite
 
 
 def encoder_layers(depth: int, *, stem: str, selective: bool, squeeze: bool) -> Iterator[Conv | Norm]:
-  """Yields the encoder's layers in the order in which the reference creates them, which gives their numbers.
-
-  Args:
-    depth: one of `resnet.BLOCKS`.
-    stem: a key of `STEMS`.
-    selective: whether bottlenecks have selective kernels.
-    squeeze: whether blocks end with squeeze-and-excite.
-  """
+  """Yields the encoder's layers in the order in which the reference creates them, which gives their numbers."""
   for number, kernel in enumerate(STEMS[stem], start=1):
     yield Conv((f"stem_conv{number}",), kernel)
     yield Norm((f"stem_bn{number}",))
@@ -84,40 +77,30 @@ def encoder_layers(depth: int, *, stem: str, selective: bool, squeeze: bool) -> 
 
 def encoder_paths(layers: Iterable[Conv | Norm]) -> dict[str, Path]:
   """Returns reference name -> (collection, "encoder", module..., leaf) for these layers."""
-  result = {}
-  convs = norms = 0
+  result, convs, norms = {}, itertools.count(), itertools.count()
   for layer in layers:
     path = ("encoder", *layer.path)
     if isinstance(layer, Conv):
-      name = _numbered("conv2d", convs)
-      result[f"{name}/kernel"] = ("params", *path, "kernel")
-      if layer.bias:
-        result[f"{name}/bias"] = ("params", *path, "bias")
-      convs += 1
+      name = _numbered("conv2d", next(convs))
+      for leaf in ("kernel", "bias") if layer.bias else ("kernel",):
+        result[f"{name}/{leaf}"] = ("params", *path, leaf)
     else:
-      result |= _norm_paths(_numbered("batch_normalization", norms), path)
-      norms += 1
+      result |= _norm_paths(_numbered("batch_normalization", next(norms)), path)
   return result
 
 
 def projection_paths(layers: int, *, linear: bool = False) -> dict[str, Path]:
   """Returns reference name -> (collection, "projection_head", module, leaf) for this number of layers.
 
-  Args:
-    layers: of the projection head.
-    linear: whether it is the reference's linear head, whose only layer is called l_0 and not nl_0.
+  The reference calls the only layer of its linear head l_0 and not nl_0.
   """
   result = {}
   for number in range(1, layers + 1):
     scope = f"head_contrastive/{'l' if linear else 'nl'}_{number - 1}"
-    path = ("params", "projection_head", f"dense{number}", "kernel")
-    result[f"{scope}/dense/kernel"] = path
+    result[f"{scope}/dense/kernel"] = ("params", "projection_head", f"dense{number}", "kernel")
     # The last batch norm scales only.
-    result |= _norm_paths(
-      f"{scope}/batch_normalization",
-      ("projection_head", f"bn{number}"),
-      beta=number < layers,
-    )
+    path = ("projection_head", f"bn{number}")
+    result |= _norm_paths(f"{scope}/batch_normalization", path, beta=number < layers)
   return result
 
 
@@ -127,9 +110,6 @@ def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
   The architecture is inferred from the names and shapes given; a part (encoder, projection head, linear head) without
   any variable is left out. Variables that are missing or unknown show in the difference between the names given and
   those returned.
-
-  Args:
-    shapes: by reference name.
 
   Raises:
     UserError: the convolutions are those of no encoder, or a batch norm does not fit the convolution before it.
@@ -152,14 +132,11 @@ def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
 
 
 def tree_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns `{"params": ..., "batch_stats": ...}` from arrays under the reference's TF1 names.
+  """Returns `{"params": ..., "batch_stats": ...}` from arrays such as `{"base_model/conv2d/kernel": f32[7, 7, 3, 64]}`.
 
   Both have the keys `encoder`, `projection_head` and `linear_head`, as far as variables of that part are given; depth,
   width, stem, selective kernels and number of projection layers are those of the variables. The arrays are returned
   as they are, in their own dtype.
-
-  Args:
-    variables: for example `{"base_model/conv2d/kernel": f32[7, 7, 3, 64], ...}`.
 
   Raises:
     UserError: there are no variables, one does not belong to the network, or one is missing.
@@ -193,10 +170,7 @@ def _norm_paths(name: str, path: Path, *, beta: bool = True) -> dict[str, Path]:
 
 
 def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
-  """Returns the form of the encoder with these kernels, in the order of their numbers.
-
-  Args:
-    shapes: by reference name; variables of other parts are ignored.
+  """Returns the form of the encoder with these kernels, in the order of their numbers; ignores other parts.
 
   Raises:
     UserError: no encoder has these kernels.
@@ -229,17 +203,15 @@ def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
 
 def _check_norms(layers: Iterable[Conv | Norm], shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Raises a UserError where a batch norm does not have the channels of the convolution before it."""
-  conv, norms, width = "", 0, 0
-  convs = itertools.count()
+  convs, norms = itertools.count(), itertools.count()
   for layer in layers:
     if isinstance(layer, Conv):
       conv = _numbered("conv2d", next(convs))
       width = shapes[f"{conv}/kernel"][-1]
       continue
-    for name in _norm_paths(_numbered("batch_normalization", norms), layer.path):
+    for name in _norm_paths(_numbered("batch_normalization", next(norms)), layer.path):
       if shapes.get(name, (width,)) != (width,):
         raise errors.UserError(
           f'"{name}" has shape {shapes[name]}, but "{conv}/kernel" before it gives {width} '
           "channels; the numbers in the names must follow the order of creation."
         )
-    norms += 1

@@ -13,18 +13,11 @@ Overrides = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """A setting that varies along the rows or the columns of a study.
+  """A setting that varies along the rows or the columns of a study."""
 
-  Attributes:
-    name: in figures and messages.
-    labels: of its values; if `factor_of` is set, factors that multiply this key of the base config.
-    number: type of the numbers that `--rows` and `--columns` accept; None if only `labels` are allowed.
-    factor_of: key of the config, or "".
-  """
-
-  name: str
-  labels: tuple[str, ...] = ("",)
-  number: type | None = None
+  name: str  # in figures and messages
+  labels: tuple[str, ...] = ("",)  # of its values, or factors that multiply the key `factor_of` of the base config
+  number: type | None = None  # of what `--rows` and `--columns` accept; None if only `labels` are allowed
   factor_of: str = ""
 
   def default(self, base: Overrides) -> tuple[str, ...]:
@@ -34,11 +27,7 @@ class Axis:
     return tuple(f"{float(base[self.factor_of] * fractions.Fraction(label)):g}" for label in self.labels)
 
   def chosen(self, text: str, option: str) -> tuple[str, ...]:
-    """Returns the labels in the text of a command-line option, each once.
-
-    Args:
-      text: labels separated by commas.
-      option: rows | columns, for messages.
+    """Returns the labels in the text of the option `rows` or `columns`, each once.
 
     Raises:
       UserError: a label is not a value of this axis.
@@ -65,29 +54,18 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A grid of runs.
+  """A grid of runs."""
 
-  Attributes:
-    title: of the figure.
-    source: figure or table of the paper.
-    rows, columns: the settings that vary.
-    overrides: (row, column, variant, flat base config) -> config overrides of this cell, by key.
-    chart: heat_map | bars | lines_over_rows | lines_over_columns.
-    published: published accuracies, % by (row, column, variant).
-    published_is: the published experiment in a few words.
-    variants: labels of a third setting; each cell is run with every one.
-    folder: (row, column, variant) -> folder name of the cell; cells with the same name share one run.
-  """
-
-  title: str
-  source: str
+  title: str  # of the figure
+  source: str  # figure or table of the paper
   rows: Axis
   columns: Axis
-  overrides: Callable[[str, str, str, Overrides], Overrides]
-  chart: str
-  published: dict[tuple[str, str, str], float]
-  published_is: str
-  variants: tuple[str, ...] = ("",)
+  overrides: Callable[[str, str, str, Overrides], Overrides]  # (row, column, variant, flat base config) -> by key
+  chart: str  # heat_map | bars | lines_over_rows | lines_over_columns
+  published: dict[tuple[str, str, str], float]  # accuracies in %, by (row, column, variant)
+  published_is: str  # the published experiment in a few words
+  variants: tuple[str, ...] = ("",)  # labels of a third setting; each cell is run with every one
+  # (row, column, variant) -> folder name of the cell; cells with the same name share one run.
   folder: Callable[[str, str, str], str] = lambda *labels: "-".join(label for label in labels if label)
 
 
@@ -97,17 +75,17 @@ def _table(columns, rows, variant=""):
   return {(row, column, variant): value for row, column, value in pairs}
 
 
-# Figure 5 and section 3.1.
-def _composition(first, second, variant, base):
-  return {"augment.compose": first if first == second else f"{first},{second}"}
+def _column(rows, column=""):
+  return {(row, column, ""): value for row, value in rows.items()}
 
 
+# Section 3.1.
 AUGMENTATIONS = Study(
   title="Composition of augmentations",
   source="v1 figure 5",
   rows=Axis("first operation", composition.OPERATIONS),
   columns=Axis("second operation", composition.OPERATIONS),
-  overrides=_composition,
+  overrides=lambda first, second, *_: {"augment.compose": first if first == second else f"{first},{second}"},
   chart="heat_map",
   published=_table(
     composition.OPERATIONS,
@@ -124,13 +102,10 @@ AUGMENTATIONS = Study(
   published_is="ImageNet, ResNet-50",
 )
 
-# Table 1.
-BLUR = "+blur"
 
-
-def _color_strength(strength, column, variant, base):
-  blur = 0.5 if strength.endswith(BLUR) else 0.0
-  return {"augment.color_strength": float(strength.removesuffix(BLUR)), "augment.blur_probability": blur}
+def _color_strength(label, column, variant, base):
+  strength, _, blur = label.partition("+")
+  return {"augment.color_strength": float(strength), "augment.blur_probability": 0.5 if blur else 0.0}
 
 
 COLOR_STRENGTH = Study(
@@ -140,28 +115,28 @@ COLOR_STRENGTH = Study(
   columns=Axis("value"),
   overrides=_color_strength,
   chart="bars",
-  published=_table(("",), {"0.125": (59.6,), "0.25": (61.0,), "0.5": (62.6,), "1": (63.2,), "1+blur": (64.5,)}),
+  published=_column({"0.125": 59.6, "0.25": 61.0, "0.5": 62.6, "1": 63.2, "1+blur": 64.5}),
   published_is="ImageNet, ResNet-50, 100 epochs",
 )
 
-# Figure 9 and table B.1.
-BATCHES, EPOCHS = ("256", "512", "1024", "2048", "4096", "8192"), ("100", "200", "400", "800")
-LINEAR = (
-  (57.5, 61.9, 64.7, 66.6),
-  (60.7, 64.0, 66.2, 67.8),
-  (62.8, 65.3, 67.2, 68.5),
-  (64.0, 66.1, 68.1, 68.9),
-  (64.6, 66.5, 68.2, 68.9),
-  (64.8, 66.6, 67.8, 69.0),
-)
-SQUARE_ROOT = (
-  (62.8, 64.3, 65.7, 66.5),
-  (63.8, 65.6, 66.7, 67.4),
-  (64.3, 66.1, 67.2, 68.3),
-  (64.7, 66.8, 67.9, 68.8),
-  (64.5, 66.8, 68.0, 69.1),
-  (64.8, 67.0, 68.3, 69.1),
-)
+# Batch size -> accuracies after these epochs, with the linear and with the square-root scaling.
+EPOCHS = ("100", "200", "400", "800")
+LINEAR = {
+  "256": (57.5, 61.9, 64.7, 66.6),
+  "512": (60.7, 64.0, 66.2, 67.8),
+  "1024": (62.8, 65.3, 67.2, 68.5),
+  "2048": (64.0, 66.1, 68.1, 68.9),
+  "4096": (64.6, 66.5, 68.2, 68.9),
+  "8192": (64.8, 66.6, 67.8, 69.0),
+}
+SQUARE_ROOT = {
+  "256": (62.8, 64.3, 65.7, 66.5),
+  "512": (63.8, 65.6, 66.7, 67.4),
+  "1024": (64.3, 66.1, 67.2, 68.3),
+  "2048": (64.7, 66.8, 67.9, 68.8),
+  "4096": (64.5, 66.8, 68.0, 69.1),
+  "8192": (64.8, 67.0, 68.3, 69.1),
+}
 
 
 def _batch_epochs(batch, epochs, scaling, base):
@@ -170,13 +145,8 @@ def _batch_epochs(batch, epochs, scaling, base):
   rate = base["optimizer.base_learning_rate"]
   if scaling != base["optimizer.scaling"]:
     rate *= ratio if scaling == "sqrt" else 1 / ratio
-  return {
-    "batch_size": int(batch),
-    "total_epochs": float(epochs),
-    "total_steps": 0,
-    "optimizer.scaling": scaling,
-    "optimizer.base_learning_rate": rate,
-  }
+  length = {"batch_size": int(batch), "total_epochs": float(epochs), "total_steps": 0}
+  return length | {"optimizer.scaling": scaling, "optimizer.base_learning_rate": rate}
 
 
 BATCH_EPOCHS = Study(
@@ -186,53 +156,38 @@ BATCH_EPOCHS = Study(
   columns=Axis("epochs", ("1/2", "1", "2"), float, factor_of="total_epochs"),
   overrides=_batch_epochs,
   chart="lines_over_rows",
-  published=_table(EPOCHS, dict(zip(BATCHES, LINEAR, strict=True)), "linear")
-  | _table(EPOCHS, dict(zip(BATCHES, SQUARE_ROOT, strict=True)), "sqrt"),
+  published=_table(EPOCHS, LINEAR, "linear") | _table(EPOCHS, SQUARE_ROOT, "sqrt"),
   published_is="ImageNet, ResNet-50",
   variants=("linear", "sqrt"),
 )
 
-# Table 5.
-NORMALIZED = {"normalized": True, "plain": False}
 
-
-def _temperature(temperature, normalized, variant, base):
-  return {"loss.temperature": float(temperature), "loss.normalize": NORMALIZED[normalized]}
+def _temperature(temperature, embeddings, variant, base):
+  return {"loss.temperature": float(temperature), "loss.normalize": embeddings == "normalized"}
 
 
 TEMPERATURE = Study(
   title="Temperature and normalisation of the embeddings",
   source="v1 table 5",
   rows=Axis("temperature", ("0.05", "0.1", "0.5", "1", "10", "100"), float),
-  columns=Axis("embeddings", tuple(NORMALIZED)),
+  columns=Axis("embeddings", ("normalized", "plain")),
   overrides=_temperature,
   chart="lines_over_rows",
-  published={
-    ("0.05", "normalized", ""): 59.7,
-    ("0.1", "normalized", ""): 64.4,
-    ("0.5", "normalized", ""): 60.7,
-    ("1", "normalized", ""): 58.0,
-    ("10", "plain", ""): 57.2,
-    ("100", "plain", ""): 57.0,
-  },
+  published=_column({"0.05": 59.7, "0.1": 64.4, "0.5": 60.7, "1": 58.0}, "normalized")
+  | _column({"10": 57.2, "100": 57.0}, "plain"),
   published_is="ImageNet, ResNet-50, 100 epochs",
 )
 
-# Figure 8.
-HEADS = ("none", "linear", "nonlinear")
-
 
 def _head(kind, dimension, variant, base):
-  if kind == "none":
-    return {"head.layers": 0}
-  layers = 1 if kind == "linear" else max(2, base["head.layers"])
-  return {"head.layers": layers, "head.out_dim": int(dimension)}
+  layers = {"none": 0, "linear": 1, "nonlinear": max(2, base["head.layers"])}[kind]
+  return {"head.layers": layers} | ({"head.out_dim": int(dimension)} if layers else {})
 
 
 HEAD = Study(
   title="Projection head",
   source="v1 figure 8",
-  rows=Axis("projection head", HEADS),
+  rows=Axis("projection head", ("none", "linear", "nonlinear")),
   columns=Axis("output dimension", ("32", "64", "128", "256"), int),
   overrides=_head,
   chart="lines_over_columns",
@@ -241,7 +196,6 @@ HEAD = Study(
   folder=lambda kind, dimension, variant: kind if kind == "none" else f"{kind}-{dimension}",
 )
 
-# Table 4.
 LOSS = Study(
   title="Loss",
   source="v1 table 4; DCL is not in the paper",
@@ -249,20 +203,12 @@ LOSS = Study(
   columns=Axis("value"),
   overrides=lambda kind, column, variant, base: {"loss.kind": kind},
   chart="bars",
-  published=_table(
-    ("",),
-    {
-      "nt_xent": (63.9,),
-      "nt_logistic": (51.6,),
-      "nt_logistic_semi_hard": (57.9,),
-      "margin": (50.9,),
-      "margin_semi_hard": (57.5,),
-    },
+  published=_column(
+    {"nt_xent": 63.9, "nt_logistic": 51.6, "nt_logistic_semi_hard": 57.9, "margin": 50.9, "margin_semi_hard": 57.5}
   ),
   published_is="ImageNet, ResNet-50, 100 epochs",
 )
 
-# Figure 7; the published numbers are from table 6 (1000 epochs).
 ENCODER = Study(
   title="Depth and width of the encoder",
   source="v1 figure 7; published numbers from table 6",

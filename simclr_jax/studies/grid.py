@@ -1,6 +1,7 @@
 """The cells of a study on disk: their configs, the results of their runs, the study's JSON files and its figure."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -15,17 +16,11 @@ from simclr_jax.training import telemetry
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """How the cells of a study are evaluated.
-
-  Attributes:
-    job: name of the job.
-    overrides: of its config, by key.
-    accuracy: key of its result.
-  """
+  """How the cells of a study are evaluated."""
 
   job: str
-  overrides: definitions.Overrides
-  accuracy: str
+  overrides: definitions.Overrides  # of the job's config
+  accuracy: str  # key of the job's result
 
 
 EVALUATIONS = {
@@ -37,16 +32,12 @@ FINISHED, FAILED, NOT_RUN = "finished", "failed", "not run"
 NO_RESULT = {"state": NOT_RUN, "accuracy": None, "train_loss": None, "seconds": None}
 
 Labels = tuple[str, str, str]  # Row, column, variant.
-Panel = dict[Labels, float | None]  # Accuracies in per cent.
 
 
 class Grid:
-  """A study in its folder.
+  """A study in its folder: `cells`, all that this or an earlier command asked for, with their entries in `study.json`.
 
-  Attributes:
-    cells: labels -> the entry of a cell in `study.json`; all cells that this or an earlier command asked for.
-    figure: path of the PNG.
-    job: name of the job that evaluates a cell.
+  `figure` is the path of the PNG, `job` the name of the job that evaluates a cell.
   """
 
   def __init__(
@@ -58,19 +49,14 @@ class Grid:
     rows: tuple[str, ...],
     columns: tuple[str, ...],
   ):
-    """Reads the results in `workdir`.
+    """Reads the results of the study `name` in `workdir`.
 
-    Args:
-      name: of the study.
-      config: what all cells have in common.
-      workdir: folder of the study.
-      evaluation: one of EVALUATIONS.
-      rows, columns: labels that this command asks for.
+    `config` is what all cells have in common, `evaluation` one of EVALUATIONS; `rows` and `columns` are the labels that
+    this command asks for.
     """
     self._name, self._study, self._config = name, definitions.STUDIES[name], config
     self._base = config_lib.flat(config.to_dict())
-    self._workdir, self._evaluation = epath.Path(workdir), evaluation
-    self.job = EVALUATIONS[evaluation].job
+    self._workdir, self._evaluation, self.job = epath.Path(workdir), evaluation, EVALUATIONS[evaluation].job
     suffix = "" if evaluation == "linear" else f"_{evaluation}"
     self._path = self._workdir / f"study{suffix}.json"
     self.figure = str(self._workdir / "figures" / f"{name}{suffix}.png")
@@ -79,9 +65,8 @@ class Grid:
     self._rows = _merged(self._study.rows, before["rows"], rows)
     self._columns = _merged(self._study.columns, before["columns"], columns)
     self.cells = {}
-    for labels in ((r, c, v) for r in self._rows for c in self._columns for v in self._study.variants):
-      self.cells[labels] = dict(zip(("row", "column", "variant"), labels, strict=True)) | NO_RESULT
-      self.cells[labels] |= known.get(labels, {})
+    for labels in itertools.product(self._rows, self._columns, self._study.variants):
+      self.cells[labels] = _named(labels) | NO_RESULT | known.get(labels, {})
       self.refresh(labels)
 
   def due(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> list[Labels]:
@@ -109,10 +94,8 @@ class Grid:
   def refresh(self, labels: Labels) -> bool:
     """Updates a cell from the results of its runs; returns whether it is finished."""
     (pretrained, evaluated), cell = self.folders(labels), self.cells[labels]
-    if not all(
-      experiment.is_finished(folder, config)
-      for folder, config in zip((pretrained, evaluated), self.configs(labels), strict=True)
-    ):
+    _, config = self.configs(labels)
+    if not self.pretrained(labels) or not experiment.is_finished(evaluated, config):
       if cell["state"] == FINISHED:  # Its folders were deleted, or hold runs of another config.
         cell |= NO_RESULT
       return False
@@ -130,29 +113,26 @@ class Grid:
     """Returns one line for the log: a cell's labels, then its accuracy, its error or that it was not run."""
     cell = self.cells[labels]
     names = " + ".join(dict.fromkeys(label for label in labels if label))
+    if cell["state"] != FINISHED:
+      return f"{names}: failed: {cell['error']}" if cell["state"] == FAILED else f"{names}: {cell['state']}"
     seconds = "" if cell["seconds"] is None else f" ({cell['seconds']:.0f} s)"
-    return (
-      f"{names}: {100 * cell['accuracy']:.1f} %{seconds}" if cell["state"] == FINISHED else f"{names}: {_why(cell)}"
-    )
+    return f"{names}: {100 * cell['accuracy']:.1f} %{seconds}"
 
   def write(self) -> dict[str, Any]:
     """Writes the study's JSON file and `result.json`; returns the latter."""
     for labels in self.cells:  # Cells that share a run finish together.
       self.refresh(labels)
-    tree = {"study": self._name, "source": self._study.source, "evaluation": self._evaluation}
-    tree |= {"rows": self._rows, "columns": self._columns, "cells": list(self.cells.values())}
-    paper = [
-      {"row": row, "column": column, "variant": variant, "top1_percent": value}
-      for (row, column, variant), value in self._study.published.items()
-    ]
-    tree["published"] = {"what": self._study.published_is, "ours": False, "cells": paper}
+    study, cells = self._study, list(self.cells.values())
+    paper = [_named(labels) | {"top1_percent": value} for labels, value in study.published.items()]
+    published = {"what": study.published_is, "ours": False, "cells": paper}
+    tree = {"study": self._name, "source": study.source, "evaluation": self._evaluation}
+    tree |= {"rows": self._rows, "columns": self._columns, "cells": cells, "published": published}
     files.write_json(self._path, tree)
-    states = [cell["state"] for cell in self.cells.values()]
+    states = [cell["state"] for cell in cells]
     result = {"study": self._name, "evaluation": self._evaluation}
     result |= {state.replace(" ", "_"): states.count(state) for state in (FINISHED, FAILED, NOT_RUN)}
-    result["top1"] = {
-      self._study.folder(*labels): cell["accuracy"] for labels, cell in self.cells.items() if cell["state"] == FINISHED
-    }
+    done = [labels for labels, cell in self.cells.items() if cell["state"] == FINISHED]
+    result["top1"] = {study.folder(*labels): self.cells[labels]["accuracy"] for labels in done}
     telemetry.write_result(str(self._workdir), result)
     return result
 
@@ -165,26 +145,24 @@ class Grid:
       panels[f"Published, not ours: {study.published_is}"] = study.published
     heading = {"title": f"{study.title} ({study.source})"}
     heading["unit"] = f"{'kNN' if self._evaluation == 'knn' else 'linear evaluation'}, top-1 %"
+    axes = (study.rows.name, study.columns.name)
     if study.chart == "heat_map":
       tables = {name: {labels[:2]: value for labels, value in panel.items()} for name, panel in panels.items()}
-      axes = (study.rows.name, study.columns.name)
       figures.heat_maps(tables, self._rows, self._columns, self.figure, axes=axes, **heading)
     elif study.chart == "bars":
       heights = {name: {labels[0]: value for labels, value in panel.items()} for name, panel in panels.items()}
-      figures.bars(heights, self.figure, axis_name=study.rows.name, **heading)
+      figures.bars(heights, self.figure, axis_name=axes[0], **heading)
     else:
       x, line = (0, 1) if study.chart == "lines_over_rows" else (1, 0)
-      families = {name: _families(panel, x, line) for name, panel in panels.items()}
-      names = (study.rows.name, study.columns.name)
-      figures.lines(families, self.figure, axis_name=names[x], legend=names[line], **heading)
+      families = {name: {} for name in panels}
+      for name, panel in panels.items():
+        for labels, value in panel.items():
+          families[name].setdefault((labels[line], labels[2]), {})[labels[x]] = value
+      figures.lines(families, self.figure, axis_name=axes[x], legend=axes[line], **heading)
 
 
-def _families(panel: Panel, x: int, line: int) -> dict[tuple[str, str], dict[str, float | None]]:
-  """Returns {(line, variant): {x: value}}; `x` and `line` say which of the labels are which."""
-  families = {}
-  for labels, value in panel.items():
-    families.setdefault((labels[line], labels[2]), {})[labels[x]] = value
-  return families
+def _named(labels):
+  return dict(zip(("row", "column", "variant"), labels, strict=True))
 
 
 def _merged(axis: definitions.Axis, before, now) -> list[str]:
@@ -192,7 +170,3 @@ def _merged(axis: definitions.Axis, before, now) -> list[str]:
   if axis.number is None:
     return list(axis.labels)
   return sorted({*before, *now}, key=lambda label: (float(label.partition("+")[0]), label))
-
-
-def _why(cell) -> str:
-  return f"failed: {cell['error']}" if cell["state"] == FAILED else cell["state"]

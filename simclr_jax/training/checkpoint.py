@@ -22,23 +22,14 @@ SMALLEST_SLICE_BYTES = 2**20
 
 @dataclasses.dataclass
 class Checkpoints:
-  """The checkpoints of one run, under `workdir/checkpoints/<step>`.
+  """The checkpoints of one run, under `workdir/checkpoints/<step>`."""
 
-  Attributes:
-    workdir: the run's folder, local or gs://.
-    config: plain nested dict of the whole run's configuration; travels in each checkpoint.
-    every_steps: interval between saves; 0 saves at the end only.
-    keep: the number of latest checkpoints that stay.
-    keep_every_steps: multiples of this stay for good; 0 for none.
-    classifier_layer: of the projection head, whose output feeds the linear classifier; 0 is the encoder's h.
-  """
-
-  workdir: str
-  config: dict[str, Any]
-  every_steps: int
-  keep: int
-  keep_every_steps: int = 0
-  classifier_layer: int = 0
+  workdir: str  # Local or gs://.
+  config: dict[str, Any]  # Of the whole run, nested; travels in each checkpoint.
+  every_steps: int  # 0 saves at the end only.
+  keep: int  # The number of latest checkpoints that stay.
+  keep_every_steps: int = 0  # Multiples of this stay for good; 0 for none.
+  classifier_layer: int = 0  # Of the projection head, which feeds the linear classifier; 0 is the encoder's h.
 
   def __post_init__(self):
     preserve = [ocp.training.preservation_policies.LatestN(max(self.keep, 1))]
@@ -90,13 +81,9 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """One checkpoint on disk, of any job; see `open`.
+  """One checkpoint on disk, of any job; see `open`."""
 
-  Attributes:
-    path: the folder of its step.
-  """
-
-  path: epath.Path
+  path: epath.Path  # The folder of its step.
 
   @property
   def step(self) -> int:
@@ -123,11 +110,7 @@ class Saved:
 
   @property
   def classes(self) -> int:
-    """The number of classes of the linear classifier.
-
-    Raises:
-      UserError: the checkpoint has no classifier.
-    """
+    """The number of classes of the linear classifier; a UserError where the checkpoint has none."""
     params = self.shapes[MODEL]["params"]
     if "linear_head" not in params:
       raise errors.UserError(
@@ -138,10 +121,8 @@ class Saved:
   def load(self, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     """Returns (params, batch_stats) for the parts asked for, placed as they are placed.
 
-    Args:
-      params: arrays or ShapeDtypeStructs with shardings, keyed by part (`encoder`, ...). Parts that are not asked for
-        stay on disk; within a part the names and shapes must be the checkpoint's, no more and no less.
-      batch_stats: the same for BatchNorm's moving averages.
+    Both are trees of arrays, or of shapes with placements, keyed by part (`encoder`, ...). Parts that are not asked for
+    stay on disk; within a part the names and shapes must be the checkpoint's, no more and no less.
 
     Raises:
       UserError: an array is missing, extra or of another shape; names it.
@@ -157,7 +138,10 @@ class Saved:
           )
     check(wanted, {c: {p: saved[c][p] for p in wanted[c]} for c in wanted}, str(self.path))
     abstract = jax.tree.map(_abstract, wanted)
-    left_out = {c: {p: _placeholders(saved[c][p]) for p in saved[c] if p not in wanted[c]} for c in saved}
+    left_out = {
+      c: {p: jax.tree.map(lambda _: ocp.PLACEHOLDER, saved[c][p]) for p in saved[c] if p not in wanted[c]}
+      for c in saved
+    }
     whole = {c: {**left_out[c], **abstract[c]} for c in saved if c in model}
     loaded = ocp.load_checkpointables(self.path, {MODEL: whole})[MODEL]
     return tuple(
@@ -171,10 +155,7 @@ class Saved:
 
 
 def open(path: str) -> Saved:
-  """Returns the checkpoint at `path`: the folder of a step, or the newest one of a run.
-
-  Args:
-    path: a run's workdir, its `checkpoints` folder, or one step's folder; may be relative.
+  """Returns the checkpoint at `path`: a step's folder, or the newest one of a run's workdir or `checkpoints` folder.
 
   Raises:
     UserError: there is no checkpoint.
@@ -190,14 +171,8 @@ def open(path: str) -> Saved:
   return Saved(step)
 
 
-def check(wanted, saved, where: str) -> None:
-  """Raises a UserError that names the first array in which `saved` differs from `wanted`.
-
-  Args:
-    wanted: tree of anything with a shape.
-    saved: the same for what is on disk.
-    where: the checkpoint's path, for the message.
-  """
+def check(wanted: Any, saved: Any, where: str) -> None:
+  """Raises a UserError that names the first array whose shape in `saved`, at the path `where`, is not as wanted."""
   want, have = _named(wanted), _named(saved)
   remedy = "use the config that it was trained with, or another checkpoint"
   for name in want:
@@ -216,7 +191,7 @@ def _parts(state):
   training = {"step": state.step, "opt_state": _plain(state.opt_state)}
   if state.memory is not None:
     training["memory"] = state.memory
-  return {MODEL: {"params": state.params, "batch_stats": state.batch_stats}, TRAINING: training}
+  return {MODEL: state.variables, TRAINING: training}
 
 
 def _plain(opt_state):
@@ -226,10 +201,6 @@ def _plain(opt_state):
 
 def _abstract(leaf):
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _placeholders(tree):
-  return jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
 
 
 def _named(tree) -> dict[str, tuple[int, ...]]:

@@ -39,33 +39,19 @@ class Preempted(SystemExit):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What the loop is told beside the state, the step and the input.
+  """What the loop is told beside the state, the step and the input."""
 
-  Attributes:
-    workdir: for the metrics.
-    total_steps: the run's length, counted from its very beginning.
-    batch_size: images of one global batch.
-    checkpoints: where the state is kept.
-    log_every_steps: interval of metric rows.
-    title: of the progress bar.
-    shown: metric name -> label, for the progress bar.
-    flops_per_step: model FLOPs, see `telemetry.Telemetry`.
-    evaluate: state -> metrics, at the end and every `evaluate_every_steps` (0: only at the end).
-    evaluate_every_steps: see `evaluate`.
-    profile_steps: first and last step of a profiler trace, which goes to `workdir`/profile.
-  """
-
-  workdir: str
-  total_steps: int
-  batch_size: int
+  workdir: str  # For the metrics.
+  total_steps: int  # Counted from the very beginning.
+  batch_size: int  # Images of one global batch.
   checkpoints: checkpoint.Checkpoints
   log_every_steps: int
-  title: str
-  shown: dict[str, str]
-  flops_per_step: float = 0
-  evaluate: Evaluate | None = None
+  title: str  # Of the progress bar.
+  shown: dict[str, str]  # Metric name -> label, for the progress bar.
+  flops_per_step: float = 0  # See `telemetry.Meter`.
+  evaluate: Evaluate | None = None  # Called at the end and every `evaluate_every_steps` (0: only at the end).
   evaluate_every_steps: int = 0
-  profile_steps: tuple[int, int] | None = None
+  profile_steps: tuple[int, int] | None = None  # First and last step of a profiler trace, in `workdir`/profile.
 
   def evaluation_due(self, step: int) -> bool:
     """Returns whether an evaluation follows `step`, the end of the run aside."""
@@ -77,12 +63,8 @@ def train(
 ) -> tuple[state_lib.TrainState, dict[str, float]]:
   """Returns the state after `run.total_steps` steps and its evaluation; goes on from the newest checkpoint, if any.
 
-  Args:
-    state: before the first step; its arrays are donated.
-    step_fn: jitted, from `images.jit`.
-    images: the training images.
-    run: everything else.
-    constants: trees of arrays on the devices that every step takes and none changes.
+  The arrays of `state`, which is the one before the first step, are donated. `step_fn` comes from `images.jit`;
+  `constants` are trees of arrays on the devices that every step takes and none changes.
 
   Raises:
     UserError: the loss is not finite.
@@ -99,13 +81,15 @@ def train(
     telemetry.log.warning(
       "No profile: step %d is not among steps %d to %d.", run.profile_steps[0], done + 1, run.total_steps
     )
-  # Steps at which the loop has something to do between two dispatches.
+  # Steps at which the loop has something to do between two dispatches: none goes past one of them.
   pauses = lambda step: (
     step == run.total_steps or run.evaluation_due(step) or run.checkpoints.due(step) or trace.due(step)
   )
-  result = {}
+  meter, result = telemetry.Meter(run.batch_size, run.flops_per_step, tuple(images.mesh.devices.flat)), {}
   with (
-    _telemetry(run, done, images.mesh) as out,
+    telemetry.Telemetry(
+      run.workdir, total_steps=run.total_steps, start_step=done, meter=meter, title=run.title, shown=run.shown
+    ) as out,
     contextlib.closing(run.checkpoints),
     contextlib.closing(trace),
     _termination_notice() as terminated,
@@ -114,7 +98,8 @@ def train(
     rows, pace = _Rows(out, run), _Pace(images.steps_per_dispatch)
     while done < run.total_steps:
       trace.before(done + 1)
-      begin, done = done, _reach(done, pace.steps, pauses)
+      begin, end = done, done + pace.steps
+      done = next((step for step in range(begin + 1, end) if pauses(step)), end)
       with out.waiting_for("data"):
         following = arguments(done - begin)
       state, metrics = step_fn(state, *following)
@@ -142,18 +127,6 @@ def train(
   return state, result
 
 
-def _telemetry(run: Run, done: int, mesh: jax.sharding.Mesh) -> telemetry.Telemetry:
-  meter = telemetry.Meter(run.batch_size, run.flops_per_step, tuple(mesh.devices.flat))
-  return telemetry.Telemetry(
-    run.workdir, total_steps=run.total_steps, start_step=done, meter=meter, title=run.title, shown=run.shown
-  )
-
-
-def _reach(done: int, count: int, pauses: Callable[[int], bool]) -> int:
-  """Returns the last step of a dispatch of at most `count` steps: none goes past a step that pauses."""
-  return next((step for step in range(done + 1, done + count) if pauses(step)), done + count)
-
-
 class _Pace:
   """How many steps one dispatch holds, and how many dispatches are ahead of the device."""
 
@@ -167,15 +140,13 @@ class _Pace:
   def dispatched(self, metrics: Metrics, count: int) -> None:
     """Notes a dispatch of `count` steps; waits for an earlier one where too many are ahead."""
     self._waiting.append((metrics, count))
-    if len(self._waiting) > AHEAD:
-      before, finished = self._waiting.popleft()
-      jax.block_until_ready(before)
-      self._finished(finished)
-
-  def _finished(self, count):
+    if len(self._waiting) <= AHEAD:
+      return
+    before, finished = self._waiting.popleft()
+    jax.block_until_ready(before)
     now = time.monotonic()
     if self._adapts and self._clock is not None:
-      self.steps = min(max(int(DISPATCH_SECONDS * count / (now - self._clock)), 1), self._most)
+      self.steps = min(max(int(DISPATCH_SECONDS * finished / (now - self._clock)), 1), self._most)
     self._clock = now
 
 
@@ -193,10 +164,25 @@ class _Rows:
       self._pending = begin, end, due, metrics
 
   def flush(self) -> None:
-    """Writes what is noted."""
-    if self._pending:
-      pending, self._pending = self._pending, None
-      _report(self._out, *pending)
+    """Writes what is noted.
+
+    Raises:
+      UserError: a metric is not finite.
+    """
+    if not self._pending:
+      return
+    (begin, end, due, metrics), self._pending = self._pending, None
+    rows = jax.device_get(metrics)
+    speed = self._out.speed(end)
+    for step in due:
+      values = {f"train/{name}": float(np.ravel(row)[step - begin - 1]) for name, row in rows.items()}
+      self._out.write(step, {**values, **speed})
+      for name, value in values.items():
+        if not math.isfinite(value):
+          raise errors.UserError(
+            f"{name} is {value} at step {step}: training diverged; lower config.optimizer.base_learning_rate, "
+            "or warm up for longer (config.optimizer.warmup_epochs)."
+          )
 
 
 class _Trace:
@@ -227,21 +213,6 @@ class _Trace:
       jax.profiler.stop_trace()
       self._active = False
       telemetry.log.info("Profiler trace of steps %d to %d: %s", *self._steps, self._folder)
-
-
-def _report(out: telemetry.Telemetry, begin: int, end: int, due: list[int], metrics: Metrics) -> None:
-  """Writes the rows of the due steps among those of one dispatch, `begin` + 1 to `end`."""
-  rows = jax.device_get(metrics)
-  speed = out.speed(end)
-  for step in due:
-    values = {f"train/{name}": float(np.ravel(row)[step - begin - 1]) for name, row in rows.items()}
-    out.write(step, {**values, **speed})
-    for name, value in values.items():
-      if not math.isfinite(value):
-        raise errors.UserError(
-          f"{name} is {value} at step {step}: training diverged; lower config.optimizer.base_learning_rate, "
-          "or warm up for longer (config.optimizer.warmup_epochs)."
-        )
 
 
 @contextlib.contextmanager

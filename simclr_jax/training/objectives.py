@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,69 +25,22 @@ def as_it_is(tree: Any) -> Any:
 
 
 class Output(NamedTuple):
-  """What the network makes of a batch, or of one micro-batch of it.
+  """What the network makes of a batch, or of one micro-batch of it."""
 
-  Attributes:
-    z: f[n, 2, D], embeddings whose loss compares all images of the batch; None where each image has a loss of its own.
-    loss: f[], the mean over the rows of the losses that images have of their own.
-    metrics: means over the rows.
-    batch_stats: BatchNorm's moving averages after these rows.
-  """
-
+  # Embeddings f[n, 2, D] whose loss compares all images of the batch; None where each image has a loss of its own.
   z: jax.Array | None
-  loss: jax.Array | float
-  metrics: Metrics
-  batch_stats: Any
+  loss: jax.Array | float  # f[], the mean over the rows of the losses that images have of their own.
+  metrics: Metrics  # Means over the rows.
+  batch_stats: Any  # BatchNorm's moving averages after these rows.
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a step is spread over devices and over time.
+  """How a step is spread over devices and over time."""
 
-  Attributes:
-    mesh: the devices that share the batch; None for one device.
-    micro_batches: parts of the batch that go through the network one after the other.
-    gather_params: all-gathers sharded parameters before the network uses them.
-  """
-
-  mesh: jax.sharding.Mesh | None = None
-  micro_batches: int = 1
-  gather_params: Callable[[Params], Params] = as_it_is
-
-
-class Objective(Protocol):
-  """What the step, the loop and the checkpoints need to know of a way of training.
-
-  Attributes:
-    model: the network.
-    shown: metric name -> label, for the progress bar.
-  """
-
-  model: nn.Module
-  shown: dict[str, str]
-
-  def trained(self, params: Params) -> Params:
-    """Returns the part of the parameters that learns: a tree of the same form with some of the leaves."""
-
-  def moving(self, batch_stats: Any) -> Any:
-    """Returns the part of the moving averages that a step changes: a tree of the same form with some of the leaves."""
-
-  def totals(self, batch: Batch, *constants: Any) -> Any:
-    """Returns sums over the whole batch that `forward` needs of every micro-batch."""
-
-  def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
-    """Returns what the network makes of one of `parts` micro-batches."""
-
-  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
-    """Returns the loss that compares all embeddings of the batch, and its metrics."""
-
-  def weight_decay(self, trained: Params) -> jax.Array:
-    """Returns the L2 term that the optimizer leaves to the loss."""
-
-  def after(
-    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
-  ) -> tuple[Any, Metrics]:
-    """Returns the queue of negatives after a step (None where there is none), and metrics of it."""
+  mesh: jax.sharding.Mesh | None = None  # The devices that share the batch; None for one device.
+  micro_batches: int = 1  # Parts of the batch that go through the network one after the other.
+  gather_params: Callable[[Params], Params] = as_it_is  # All-gathers sharded parameters before the network uses them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,47 +55,59 @@ class Decay:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
-  """Two views of an image attract each other, all other images of the batch repel; an online classifier learns along.
+class Objective:
+  """What step, loop and checkpoints need to know of a way of training; this one trains all of the model."""
 
-  Attributes:
-    model: encoder, projection head and, where the images have labels, the classifier behind stop_gradient.
-    decay: the L2 term.
-    kind: one of `losses.KINDS`.
-    temperature: divides the similarities.
-    normalize: whether the embeddings are L2-normalised.
-    scale: factor on the paper's loss in what is optimised (the reference: 2).
-    margin: of the margin losses.
-    queue_decay: of the moving average of the weights that fill the queue of negatives, where the state has one.
-    prepare: rows -> the same with `views` f[n, 2, H, W, 3] in [0, 1]; the device's part of the augmentation.
-    mesh: see `Placement`.
-  """
-
-  model: simclr.SimCLR
-  decay: Decay
-  kind: str = "nt_xent"
-  temperature: float = 0.1
-  normalize: bool = True
-  scale: float = 1.0
-  margin: float = 0.8
-  queue_decay: float = 0.999
-  prepare: Callable[[Batch], Batch] = as_it_is
-  mesh: jax.sharding.Mesh | None = None
-  shown = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
+  model: nn.Module
+  decay: Decay  # The L2 term that the optimizer leaves to the loss.
+  prepare: Callable[[Batch], Batch] = as_it_is  # The device's part of the augmentation: adds what the network sees.
+  # Metric name -> label, for the progress bar.
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss"}
 
   def trained(self, params: Params) -> Params:
-    """Returns all parameters."""
+    """Returns the part of the parameters that learns: a tree of the same form with some of the leaves."""
     return params
 
   def moving(self, batch_stats: Any) -> Any:
-    """Returns all moving averages."""
+    """Returns the part of the moving averages that a step changes: a tree of the same form with some of the leaves."""
     return batch_stats
 
-  def totals(self, batch: Batch) -> None:
-    """Returns None: every term is a mean over the rows or belongs to `compare`."""
+  def totals(self, batch: Batch, *constants: Any) -> Any:
+    """Returns sums over the whole batch that `forward` needs of every micro-batch."""
+    return None
+
+  def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
+    """Returns what the network makes of one of `parts` micro-batches."""
+    raise NotImplementedError
+
+  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
+    """Returns the loss that compares all embeddings f[N, 2, D] of the batch, and its metrics."""
+    raise NotImplementedError
+
+  def after(
+    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
+  ) -> tuple[Any, Metrics]:
+    """Returns the queue of negatives after a step (None where there is none), and metrics of it."""
+    return None, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Objective):
+  """Two views of an image attract each other, all other images of the batch repel; an online classifier learns along.
+
+  `model` is a `simclr.SimCLR`; `prepare` gives `views` f[n, 2, H, W, 3] in [0, 1].
+  """
+
+  kind: str = "nt_xent"  # One of `losses.KINDS`.
+  temperature: float = 0.1
+  normalize: bool = True
+  scale: float = 1.0  # Factor on the paper's loss in what is optimised (the reference: 2).
+  margin: float = 0.8  # Of the margin losses.
+  queue_decay: float = 0.999  # Of the averaged weights that fill the queue of negatives, where the state has one.
+  mesh: jax.sharding.Mesh | None = None
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 
   def forward(self, variables: Any, rows: Batch, totals: None, parts: int) -> Output:
-    """Returns embeddings of both views, and the online classifier's loss."""
     # One pass over both views: BatchNorm takes its statistics over them together, and over all devices.
     views = self.prepare(rows)["views"]
     images = views.reshape(-1, *views.shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
@@ -162,10 +127,6 @@ class Contrastive:
     keys = {"temperature": self.temperature, "normalize": self.normalize, "margin": self.margin, "mesh": self.mesh}
     value, metrics = losses.contrast(self.kind, z, batch["label"], **keys, **older)
     return self.scale * value, {**metrics, "loss": value}
-
-  def weight_decay(self, trained: Params) -> jax.Array:
-    """Returns the L2 term."""
-    return self.decay(trained)
 
   def after(
     self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
@@ -190,33 +151,21 @@ class Contrastive:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
   """A linear classifier on the encoder, of which any part may learn along (finetune, linear_eval).
 
-  Attributes:
-    model: encoder, linear head and, where that reads one of its layers, the projection head.
-    decay: the L2 term.
-    prepare: rows -> the same with `image` f32[n, H, W, 3] in [0, 1] or u8; the device's part of the augmentation.
+  `prepare` gives `image` f32[n, H, W, 3] in [0, 1] or u8. What the model freezes keeps its bits.
   """
 
-  model: simclr.Classifier
-  decay: Decay
-  prepare: Callable[[Batch], Batch] = as_it_is
-  shown = {"train/loss": "loss", "train/accuracy": "accuracy"}
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/accuracy": "accuracy"}
 
   def trained(self, params: Params) -> Params:
-    """Returns the parameters that the model does not freeze."""
     return simclr.trained_part(self.model, params)
 
   def moving(self, batch_stats: Any) -> Any:
-    """Returns the moving averages that the model does not freeze; these keep their bits."""
     return simclr.moving_part(self.model, batch_stats)
 
-  def totals(self, batch: Batch, *constants: Any) -> Any:
-    """Returns None: the loss is a mean over the rows."""
-
   def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
-    """Returns the loss of the rows."""
     rows = self.prepare(rows)
     logits, updates = self.model.apply(variables, rows["image"], train=True, mutable=["batch_stats"])
     loss, metrics = self.loss(logits, rows, totals, parts, *constants)
@@ -227,20 +176,6 @@ class Classification:
     loss, accuracy = losses.cross_entropy(logits, rows["label"])
     return loss, {"loss": loss, "accuracy": accuracy}
 
-  def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
-    """Never called: `forward` returns no embeddings."""
-    raise NotImplementedError
-
-  def weight_decay(self, trained: Params) -> jax.Array:
-    """Returns the L2 term of the part that learns."""
-    return self.decay(trained)
-
-  def after(
-    self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
-  ) -> tuple[Any, Metrics]:
-    """Returns no queue."""
-    return None, {}
-
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Classification):
@@ -248,17 +183,12 @@ class Distillation(Classification):
 
   Each of the two terms is a mean over its own images of the batch; a batch without labelled ones has the first alone.
   The step's constants are `labelled` bool[examples], by `index`, and what `teacher_of` needs.
-
-  Attributes:
-    teacher_of: (rows, *arrays) -> the teacher's logits f[n, K].
-    temperature: of both softmaxes.
-    label_weight: 1 - alpha of equation 3.
   """
 
-  teacher_of: Callable[..., jax.Array] | None = None
-  temperature: float = 1.0
-  label_weight: float = 0.0
-  shown = {"train/loss": "loss", "train/agreement": "agrees with the teacher"}
+  teacher_of: Callable[..., jax.Array] | None = None  # (rows, *arrays) -> the teacher's logits f[n, K].
+  temperature: float = 1.0  # Of both softmaxes.
+  label_weight: float = 0.0  # 1 - alpha of equation 3.
+  shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/agreement": "agrees with the teacher"}
 
   def totals(self, batch: Batch, *constants: Any) -> jax.Array | None:
     """Returns i32[], the labelled images of the batch, where their labels count."""
@@ -289,13 +219,8 @@ class Distillation(Classification):
 def distillation(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
   """Returns the mean over N of T^2 times the cross-entropy of softmax(student / T) under softmax(teacher / T).
 
-  Equation 2 of Chen et al. 2020b (v2) with the factor T^2 of the reference's notebook, which keeps gradients of one
-  size (Hinton et al. 2015). No gradient reaches the teacher.
-
-  Args:
-    student: f[N, K], logits.
-    teacher: f[N, K], logits.
-    temperature: T.
+  Logits are f[N, K], T is the temperature. Equation 2 of Chen et al. 2020b (v2) with the factor T^2 of the reference's
+  notebook, which keeps gradients of one size (Hinton et al. 2015). No gradient reaches the teacher.
   """
   target = jax.nn.softmax(jax.lax.stop_gradient(teacher) / temperature)
   return temperature**2 * jnp.mean(optax.losses.softmax_cross_entropy(student / temperature, target))

@@ -16,21 +16,18 @@ from simclr_jax.hardware import sharding
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a step changes.
+  """Everything that a step changes."""
 
-  Attributes:
-    step: i32[], optimizer updates done; the only position that a run has.
-    params: the model's parameters by part: encoder, projection_head, linear_head.
-    batch_stats: BatchNorm's moving means and variances, by the same parts.
-    opt_state: the optimizer's own arrays.
-    memory: the queue of negatives, see `losses.negatives`; None where negatives come from the batch alone.
-  """
-
-  step: jax.Array
-  params: Any
-  batch_stats: Any
+  step: jax.Array  # i32[], optimizer updates done; the only position that a run has.
+  params: Any  # The model's parameters by part: encoder, projection_head, linear_head.
+  batch_stats: Any  # BatchNorm's moving means and variances, by the same parts.
   opt_state: Any
-  memory: Any = None
+  memory: Any = None  # The queue of negatives, see `losses.negatives`; None where negatives come from the batch alone.
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the network is applied with."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def variables(
@@ -38,12 +35,7 @@ def variables(
 ) -> tuple[Any, Any]:
   """Returns (params, batch_stats) of `model` at initialisation, the same on any number of devices.
 
-  Args:
-    model: called as `model(images, train=...)`.
-    image_size: side of its square input in pixels.
-    seed: of `jax.random.key`.
-    mesh: the devices; each holds a copy.
-    sharded: each device holds a part of every large parameter instead.
+  The seed is that of `jax.random.key`. Each device holds a copy; with `sharded`, a part of every large parameter.
   """
   params, batch_stats = abstract_variables(model, image_size, mesh, sharded=sharded)
   placement = jax.tree.map(lambda x: x.sharding, (params, batch_stats))
@@ -70,16 +62,9 @@ def create(
   params: Any,
   batch_stats: Any,
   tx: optax.GradientTransformation,
-  trained: Callable[[Any], Any] = lambda params: params,
+  trained: Callable[[Any], Any] = lambda params: params,  # Picks the part of the parameters that `tx` sees.
 ) -> TrainState:
-  """Returns the state before the first step; the optimizer's arrays are placed as the parameters are.
-
-  Args:
-    params: the whole model's.
-    batch_stats: the whole model's.
-    tx: the optimizer.
-    trained: picks the part of the parameters that `tx` sees.
-  """
+  """Returns the state before the first step; the optimizer's arrays are placed as the parameters are."""
   leaves = jax.tree.leaves(params)
   mesh = leaves[0].sharding.mesh
   replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, trained(params))
@@ -96,14 +81,9 @@ def create(
 def abstract(
   model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, sharded: bool
 ) -> TrainState:
-  """Returns shapes, dtypes and placements of the state before the first step; computes nothing, on any devices.
+  """Returns shapes, dtypes and placements of the state before the first step, for an optimizer of all parameters.
 
-  Args:
-    model: see `variables`.
-    image_size: see `variables`.
-    tx: the optimizer, of all parameters.
-    mesh: the devices, which may be described ones that this machine does not have.
-    sharded: see `variables`.
+  Computes nothing; the devices may be described ones that this machine does not have. Arguments as `variables`.
   """
   params, batch_stats = abstract_variables(model, image_size, mesh, sharded=sharded)
   replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, params)

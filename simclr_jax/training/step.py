@@ -1,40 +1,28 @@
 """One training step for every job: gradients of a whole batch, in micro-batches or at once, and the update."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from simclr_jax import optim
 from simclr_jax.hardware import sharding
 from simclr_jax.models import simclr
 from simclr_jax.training import objectives
 from simclr_jax.training import state as state_lib
 
-Schedule = Callable[[jax.Array], jax.Array]
-
 
 def train_step(
-  state: state_lib.TrainState,
-  batch: objectives.Batch,
-  *constants: Any,
+  state: state_lib.TrainState,  # Donated by the caller.
+  batch: objectives.Batch,  # Sharded over the leading axis N: `label` i32[N], and what `objective.prepare` needs.
+  *constants: Any,  # Trees of arrays that the objective needs and no step changes.
   objective: objectives.Objective,
-  tx: optax.GradientTransformation,
-  schedule: Schedule,
+  tx: optax.GradientTransformation,  # Of the part that learns.
+  schedule: optim.Schedule,  # For the metrics.
   placement: objectives.Placement,
 ) -> tuple[state_lib.TrainState, objectives.Metrics]:
-  """Returns the state after one update, and the metrics before it. Frozen parameters and statistics keep their bits.
-
-  Args:
-    state: donated by the caller.
-    batch: arrays sharded over their leading axis N: `label` i32[N], and what the objective's `prepare` needs.
-    *constants: trees of arrays that the objective needs and no step changes.
-    objective: what the batch means.
-    tx: the optimizer of the part that learns.
-    schedule: step -> learning rate, for the metrics.
-    placement: devices and micro-batches.
-  """
+  """Returns the state after one update, and the metrics before it. Frozen parameters and statistics keep their bits."""
   trained = objective.trained(state.params)
   gradients = _gradients if placement.micro_batches == 1 else _micro_batched_gradients
   grads, metrics, batch_stats = gradients(state, trained, batch, constants, objective, placement)
@@ -65,7 +53,7 @@ def _gradients(state, trained, batch, constants, objective, placement):
   def loss_fn(trained):
     output = _forward(state, trained, batch, totals, constants, objective, placement)
     compared, metrics = (0, {}) if output.z is None else objective.compare(output.z, batch, state)
-    metrics |= {**output.metrics, "weight_decay": objective.weight_decay(trained)}
+    metrics |= {**output.metrics, "weight_decay": objective.decay(trained)}
     total = compared + metrics["weight_decay"] + output.loss
     return total, ({**metrics, "total_loss": total}, output.batch_stats)
 
@@ -105,7 +93,7 @@ def _micro_batched_gradients(state, trained, batch, constants, objective, placem
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(back, 0))
   add = lambda total, number: (jax.tree.map(jnp.add, total, back(number)), None)
   (grads, (loss, means, batch_stats)), _ = jax.lax.scan(add, zeros, jnp.arange(count))
-  decay, decay_grads = jax.value_and_grad(objective.weight_decay)(trained)
+  decay, decay_grads = jax.value_and_grad(objective.decay)(trained)
   metrics = {**metrics, **means, "weight_decay": decay, "total_loss": compared + decay + loss}
   return jax.tree.map(jnp.add, grads, decay_grads), metrics, batch_stats
 

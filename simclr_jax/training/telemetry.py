@@ -55,17 +55,11 @@ def quiet() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-  """What turns steps into speed.
+  """What turns steps into speed."""
 
-  Attributes:
-    images_per_step: images (not views) of one global batch.
-    flops_per_step: model FLOPs of one step on all devices; 0 if unknown.
-    devices: that share the work.
-  """
-
-  images_per_step: int
-  flops_per_step: float = 0
-  devices: tuple[jax.Device, ...] = ()
+  images_per_step: int  # Images (not views) of one global batch.
+  flops_per_step: float = 0  # Model FLOPs of one step on all devices; 0 if unknown.
+  devices: tuple[jax.Device, ...] = ()  # That share the work.
 
 
 class Telemetry:
@@ -80,21 +74,11 @@ class Telemetry:
     workdir: str,
     *,
     total_steps: int,
-    start_step: int,
+    start_step: int,  # Steps that are already done; metric rows after them are dropped, so none appears twice.
     meter: Meter,
     title: str,
-    shown: Mapping[str, str] = types.MappingProxyType({}),
+    shown: Mapping[str, str] = types.MappingProxyType({}),  # Metric -> label in the progress bar, beside the speed.
   ):
-    """Opens the writers; metric rows after `start_step` are dropped, so none appears twice.
-
-    Args:
-      workdir: the run's folder.
-      total_steps: where the bar ends.
-      start_step: steps that are already done.
-      meter: images and model FLOPs of a step.
-      title: of the bar.
-      shown: metric name -> label, of the metrics that the bar shows beside the speed.
-    """
     self._lead = jax.process_index() == 0
     self._shown = {**shown, **SPEED}
     self._meter, self._peak = meter, chips.peak_of(meter.devices)
@@ -116,22 +100,12 @@ class Telemetry:
       self._tensorboard = metric_writers.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
     else:
       log.info("TensorFlow or clu is not installed: metrics go to %s only.", path)
-    self._bar = tqdm.tqdm(
-      total=total_steps,
-      initial=start_step,
-      desc=title,
-      unit="step",
-      dynamic_ncols=True,
-      smoothing=0.1,
-      disable=log.level > logging.INFO,
-    )
+    bar = {"total": total_steps, "initial": start_step, "desc": title, "unit": "step", "smoothing": 0.1}
+    self._bar = tqdm.tqdm(**bar, dynamic_ncols=True, disable=log.level > logging.INFO)
     self._bar.set_postfix_str("compiling the step")
 
   def __enter__(self):
     return self
-
-  def __exit__(self, *exc):
-    self.close()
 
   @contextlib.contextmanager
   def waiting_for(self, what: str) -> Iterator[None]:
@@ -146,11 +120,11 @@ class Telemetry:
       self._bar.update(steps)
 
   def speed(self, step: int) -> dict[str, float]:
-    """Returns how fast the steps since the last call were.
+    """Returns how fast the steps since the last call were; time aside (an evaluation) does not count.
 
     Images/s, the shares of time spent waiting for data and for checkpoints, model TFLOP/s of all devices, and MFU,
     their share of the chips' peak, where that is known. Model FLOPs leave out what rematerialisation and micro-batches
-    compute again. Time aside (an evaluation) does not count.
+    compute again.
     """
     now = time.monotonic()
     seconds, steps = now - self._clock - self._seconds["aside"], step - self._clock_step
@@ -177,8 +151,7 @@ class Telemetry:
     if shown:
       self._bar.set_postfix(shown)
 
-  def close(self) -> None:
-    """Flushes the writers and leaves the bar as it is."""
+  def __exit__(self, *exc):
     if self._lead:
       self._bar.close()
       self._rows.close()

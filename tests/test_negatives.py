@@ -1,26 +1,30 @@
-"""Negatives from earlier steps: the loss against its definition, the step on any devices, exact resumption."""
+"""The queue of negatives: the loss against its definition, the step on any devices, exact resumption."""
 
 import functools
 import re
 
 import flax
+import float64_convolution
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_step
-from test_losses import random_views
 
-from configs import demo
-from simclr_jax import errors, losses
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment, losses
 from simclr_jax.hardware import cost, sharding
-from simclr_jax.jobs import pretrain
-from simclr_jax.losses import negatives as memory_lib
+from simclr_jax.losses import negatives
 from simclr_jax.training import checkpoint
 from simclr_jax.training import state as state_lib
 
-DECAY = 0.999  # The step's default.
+DECAY = 0.999  # The objective's default.
 VIEWS = 2 * small_step.IMAGES
+
+
+def random_views(n, dim, seed=0, noise=1.0, dtype=np.float64):
+  rng = np.random.default_rng(seed)
+  return (rng.normal(size=(n, 1, dim)) + noise * rng.normal(size=(n, 2, dim))).astype(dtype)
 
 
 def twin(kind, z, older, temperature, normalize=True):
@@ -50,81 +54,84 @@ def twin(kind, z, older, temperature, normalize=True):
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "normalize", "mesh", "block_size"))
-def evaluate(z, temperature, memory, filled, kind, **options):
+def evaluate(z, temperature, queue, filled, kind, **options):
   """Returns ((loss, metrics), gradients of z and temperature)."""
 
   def loss_fn(z, temperature):
-    return losses.contrast(kind, z, temperature=temperature, memory=memory, filled=filled, **options)
+    return losses.contrast(kind, z, temperature=temperature, queue=queue, filled=filled, **options)
 
   return jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(z, temperature)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(("kind", "normalize"), [("nt_xent", True), ("nt_xent", False), ("dcl", True)])
-def test_value_and_gradients_are_the_definition_on_one_device_and_on_eight(kind, normalize, x64):
+def test_value_and_gradients_are_the_definition_on_any_mesh(kind, normalize, x64):
   z = random_views(16, 5, seed=3, noise=0.5)
-  memory = np.random.default_rng(4).normal(size=(24, 5))
+  queue = np.random.default_rng(4).normal(size=(24, 5))
   at_hand = random_views(16, 5, seed=3, noise=0.5)
   metrics_alone = jax.jit(functools.partial(losses.nt_xent, temperature=0.4, normalize=normalize))(at_hand)[1]
   for mesh, block_size in ((None, 7), (sharding.data_mesh(), None)):
     for filled in (0, 13, 24):
-      want_loss, want_grad = twin(kind, z, memory[:filled], 0.4, normalize)
-      ahead, behind = (twin(kind, z, memory[:filled], 0.4 + h, normalize)[0] for h in (1e-6, -1e-6))
+      want_loss, want_grad = twin(kind, z, queue[:filled], 0.4, normalize)
+      ahead, behind = (twin(kind, z, queue[:filled], 0.4 + h, normalize)[0] for h in (1e-6, -1e-6))
       (loss, metrics), (grad, slope) = evaluate(
-        z, 0.4, memory, filled, kind, normalize=normalize, mesh=mesh, block_size=block_size
+        z, 0.4, queue, filled, kind, normalize=normalize, mesh=mesh, block_size=block_size
       )
       np.testing.assert_allclose(loss, want_loss, rtol=1e-12)
       np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-12 * np.abs(want_grad).max())
       np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-7)
-      # Whatever the memory holds, metrics are the batch's own.
+      # The metrics are those of the batch alone, whatever the queue holds.
       for name, value in metrics_alone.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-12)
 
 
-def test_nothing_flows_into_the_memory_and_float32_embeddings_keep_their_digits():
+def test_the_queue_gets_no_gradient_and_float32_keeps_its_digits():
   z = random_views(16, 64, noise=0.01, dtype=np.float32)
   older = random_views(12, 64, seed=8, dtype=np.float64).reshape(24, 64)
   older /= np.linalg.norm(older, axis=1, keepdims=True)
 
-  def loss_fn(z, memory):
-    return losses.contrast("nt_xent", z, temperature=0.1, memory=memory)[0]
+  def loss_fn(z, queue):
+    return losses.contrast("nt_xent", z, temperature=0.1, queue=queue)[0]
 
-  loss, (grad, into_memory) = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(z, jnp.asarray(older, jnp.float32))
+  loss, (grad, into_queue) = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(z, jnp.asarray(older, jnp.float32))
   want_loss, want_grad = twin("nt_xent", z, older, 0.1)
   assert want_loss < 0.05
   np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
   np.testing.assert_allclose(grad, want_grad, rtol=0, atol=1e-5 * np.abs(want_grad).max())
-  np.testing.assert_array_equal(into_memory, 0)
+  np.testing.assert_array_equal(into_queue, 0)
 
 
-def test_a_memory_adds_no_exchange_and_no_device_holds_its_rows_against_it():
+@pytest.mark.optimized
+@pytest.mark.devices(8)
+def test_a_queue_adds_no_exchange_and_its_logits_are_never_whole():
   mesh, size = sharding.data_mesh(), 1024
   z = jax.ShapeDtypeStruct((64, 2, 4), jnp.float32, sharding=sharding.batched(mesh))
-  memory = jax.ShapeDtypeStruct((size, 4), jnp.float32, sharding=sharding.replicated(mesh))
+  queue = jax.ShapeDtypeStruct((size, 4), jnp.float32, sharding=sharding.replicated(mesh))
 
-  def loss_fn(z, memory):
-    return losses.contrast("nt_xent", z, temperature=0.1, memory=memory, filled=5, mesh=mesh, block_size=16)
+  def loss_fn(z, queue):
+    return losses.contrast("nt_xent", z, temperature=0.1, queue=queue, filled=5, mesh=mesh, block_size=16)
 
-  hlo = jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(z, memory).compile().as_text()
+  hlo = jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(z, queue).compile().as_text()
   found = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+|ragged-\S+)(?:-start)?\(", hlo)
   assert sum(operation == "all-gather" for _, operation in found) == 2
   assert {operation for _, operation in found} == {"all-gather", "all-reduce"}
   sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"\w\d+\[([\d,]+)\]", hlo)]
-  assert 4 * size in sizes, "the memory is in the program"
+  assert 4 * size in sizes, "the queue is in the program"
   assert max(sizes) < 8 * size, "a device has 8 rows of each view"
 
 
-def with_memory(state, batches):
+def with_queue(state, batches):
   embedding = jax.eval_shape(lambda: jnp.zeros((2, 32), state.params["encoder"]["bn1"]["scale"].dtype))
-  return state.replace(memory=memory_lib.create(state.params, embedding, batches * VIEWS))
+  return state.replace(memory=negatives.create(state.params, embedding, batches * VIEWS))
 
 
-def steps(devices, count, *, split=False, micro_batches=1, batches=2):
+def steps(devices, count, *, sharded=False, micro_batches=1, batches=2):
   """Returns the states (on the host) before and after each of `count` float64 steps, and the metrics."""
   model, mesh = small_step.network(np.float64), sharding.data_mesh(jax.devices()[:devices])
-  state, tx, rate = small_step.start(model, mesh, split=split, optimizer="momentum")
-  state = with_memory(state, batches)
-  options = {"micro_batches": micro_batches, "split": split, "optimizer": "momentum"}
-  step_fn = small_step.jitted(model, mesh, state, tx, rate, **options)
+  state, tx, rate = small_step.start(model, mesh, sharded=sharded, optimizer="momentum")
+  state = with_queue(state, batches)
+  objective = small_step.contrastive(model, mesh, optimizer="momentum")
+  step_fn = small_step.jitted(objective, mesh, state, tx, rate, micro_batches=micro_batches, sharded=sharded)
   states, metrics = [jax.device_get(state)], []
   for number in range(count):
     state, found = step_fn(state, sharding.global_batch(mesh, batch_of(number)))
@@ -147,11 +154,13 @@ def assert_equal_leaves(ours, theirs, tolerance):
 
 @pytest.fixture(scope="module")
 def one_device():
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), pytest.MonkeyPatch.context() as patches:
+    float64_convolution.patch(patches)
     return steps(1, 3)
 
 
-def test_a_step_sees_older_embeddings_then_adds_its_own_over_the_oldest(one_device, x64):
+def test_a_step_sees_older_embeddings_then_replaces_the_oldest(one_device, x64, monkeypatch):
+  float64_convolution.patch(monkeypatch)
   states, metrics = one_device
   model = small_step.network(np.float64)
 
@@ -179,18 +188,24 @@ def test_a_step_sees_older_embeddings_then_adds_its_own_over_the_oldest(one_devi
   assert np.abs(kept[:VIEWS] - kept[VIEWS:]).max() > 0.01
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_eight_devices_take_the_steps_of_one(split, one_device, x64):
-  states, metrics = steps(8, 2, split=split)
+@pytest.mark.devices(8)
+def test_eight_devices_take_the_steps_of_one(one_device, x64, monkeypatch):
+  float64_convolution.patch(monkeypatch)
+  states, metrics = steps(8, 2)
   assert_equal_leaves(metrics, one_device[1][:2], 1e-9)
   as_dict = flax.serialization.to_state_dict
   assert_equal_leaves(as_dict(states[2]), as_dict(one_device[0][2]), 1e-9)
 
 
-def test_micro_batches_on_eight_devices_take_the_steps_of_those_on_one(one_device, x64):
-  (one, one_metrics), (eight, eight_metrics) = (steps(devices, 2, micro_batches=2) for devices in (1, 8))
+@pytest.mark.devices(8)
+def test_sharded_micro_batches_on_eight_devices_are_those_of_one(one_device, x64, monkeypatch):
+  float64_convolution.patch(monkeypatch)
+  (one, one_metrics), (eight, eight_metrics) = (
+    steps(devices, 2, micro_batches=2, sharded=devices > 1) for devices in (1, 8)
+  )
   assert_equal_leaves(eight_metrics, one_metrics, 1e-9)
-  assert_equal_leaves(eight[2].memory, one[2].memory, 1e-9)
+  as_dict = flax.serialization.to_state_dict
+  assert_equal_leaves(as_dict(eight[2]), as_dict(one[2]), 1e-9)
   # In parts or not, the order of the buffer is the batch's: these rows differ by BatchNorm's statistics alone.
   whole = one_device[0][1].memory["buffer"][:VIEWS]
   parts = one[1].memory["buffer"][:VIEWS]
@@ -200,9 +215,9 @@ def test_micro_batches_on_eight_devices_take_the_steps_of_those_on_one(one_devic
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
   model, mesh = small_step.network(np.float32), sharding.data_mesh()
   plain, tx, rate = small_step.start(model, mesh)
-  fresh = lambda: with_memory(small_step.start(model, mesh)[0], 2)
+  fresh = lambda: with_queue(small_step.start(model, mesh)[0], 2)
   state = fresh()
-  step_fn = small_step.jitted(model, mesh, state, tx, rate)
+  step_fn = small_step.jitted(small_step.contrastive(model, mesh), mesh, state, tx, rate)
   batch = lambda number: jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, batch_of(number))
   take = lambda state, number: step_fn(state, sharding.global_batch(mesh, batch(number)))[0]
   keep = lambda: checkpoint.Checkpoints(str(tmp_path), {}, every_steps=1, keep=1)
@@ -218,30 +233,31 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
   for number in (2, 3):
     resumed = take(resumed, number)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(state))
-  # A run without a memory does not take this checkpoint for its own.
+  # A run without a queue refuses this checkpoint.
   with pytest.raises(errors.UserError, match="extra array training/memory"):
     after.restore_latest(plain)
   after.close()
 
 
-def test_a_plan_counts_the_memory_and_its_pass():
-  config = demo.get_config()
-  mesh = sharding.data_mesh(jax.devices()[:1])
-  model, tx, _, _ = pretrain.parts_of(config, examples=6000, classes=4)
-  plain = state_lib.abstract(model, 32, tx, mesh, split=False)
-  assert pretrain.with_memory(config, model, plain) is plain
-  forward = pretrain.forward_flops(config, model, plain)
-  without = pretrain.step_flops(config, forward)
-  config.memory.size = 1024
-  memory = pretrain.with_memory(config, model, plain).memory
-  assert memory["buffer"].shape == (1024, 64)
+def test_a_plan_counts_the_queue_and_its_pass():
+  def planned(**keys):
+    this = experiment.Experiment(config_lib.load("demo", keys), "plan")
+    model = this.network.pretraining_model(4)
+    return this.network, model, this.abstract_state(model, this.optimizer(6000).tx)
+
+  network, model, plain = planned()
+  assert plain.memory is None
+  forward = network.forward_flops(model, plain)
+  with_one, _, state = planned(**{"memory.size": 1024})
+  assert state.memory["buffer"].shape == (1024, 64)
   weights = state_lib.count(plain.params["encoder"]) + state_lib.count(plain.params["projection_head"])
-  assert cost.bytes_per_device(memory) == 4 * (weights + 1024 * 64)
+  assert cost.bytes_per_device(state.memory) == 4 * (weights + 1024 * 64)
   # A forward pass of 128 images, and scores and their gradient for 256 views against 1024 embeddings of 64 numbers.
-  assert pretrain.step_flops(config, forward) - without == 128 * forward + 2 * (2 * 256 * 1024 * 64)
+  added = with_one.step_flops(forward) - network.step_flops(forward)
+  assert added == 128 * forward + 2 * (2 * 256 * 1024 * 64)
 
 
-def test_without_a_memory_nothing_of_it_is_saved(tmp_path):
+def test_without_a_queue_nothing_of_it_is_saved(tmp_path):
   state = small_step.start(small_step.network(np.float32), sharding.data_mesh())[0]
   assert len(jax.tree.leaves(state)) == len(jax.tree.leaves((0, state.params, state.batch_stats, state.opt_state)))
   kept = checkpoint.Checkpoints(str(tmp_path), {}, every_steps=1, keep=1)
@@ -250,7 +266,7 @@ def test_without_a_memory_nothing_of_it_is_saved(tmp_path):
   kept = checkpoint.Checkpoints(str(tmp_path), {}, every_steps=1, keep=1)
   assert kept.restore_latest(state)[0].memory is None
   with pytest.raises(errors.UserError, match="lacks the array training/memory/buffer"):
-    kept.restore_latest(with_memory(state, 1))
+    kept.restore_latest(with_queue(state, 1))
   kept.close()
 
 
@@ -267,8 +283,8 @@ def test_without_a_memory_nothing_of_it_is_saved(tmp_path):
     (8192, 0.999, "margin", "use nt_xent or dcl"),
   ],
 )
-def test_a_memory_that_does_not_fit_is_refused_in_one_line(size, decay, kind, says):
-  check = functools.partial(memory_lib.check, size, decay, batch_size=4096, kind=kind)
+def test_a_queue_that_does_not_fit_is_refused_in_one_line(size, decay, kind, says):
+  check = functools.partial(negatives.check, size, decay, batch_size=4096, kind=kind)
   if says is None:
     check()
     return
@@ -278,10 +294,10 @@ def test_a_memory_that_does_not_fit_is_refused_in_one_line(size, decay, kind, sa
 
 
 @pytest.mark.parametrize(
-  ("kind", "memory", "says"),
+  ("kind", "queue", "says"),
   [("sup_con", (8, 4), "use nt_xent or dcl"), ("nt_xent", (8, 5), "wants [M, 4]"), ("dcl", (0, 4), "wants [M, 4]")],
 )
-def test_a_wrong_memory_of_the_loss_is_named_in_one_line(kind, memory, says):
+def test_a_wrong_queue_of_the_loss_is_named_in_one_line(kind, queue, says):
   with pytest.raises(errors.UserError, match=re.escape(says)) as caught:
-    losses.contrast(kind, jnp.zeros((4, 2, 4)), np.arange(4), temperature=0.1, memory=jnp.zeros(memory))
+    losses.contrast(kind, jnp.zeros((4, 2, 4)), np.arange(4), temperature=0.1, queue=jnp.zeros(queue))
   assert "\n" not in str(caught.value)
