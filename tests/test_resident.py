@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
-from runs import REAL_DATA
 from PIL import Image
+from runs import REAL_DATA
 
 from simclr_jax import errors
 from simclr_jax.data import arrays, decode, device_augment, host_augment, pipeline, resident, sources
