@@ -2,8 +2,13 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import time
+
+# A shell that starts pytest in the background makes it ignore SIGINT, and what it starts could not even trap it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
