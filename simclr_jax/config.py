@@ -34,7 +34,7 @@ def defaults() -> ml_collections.ConfigDict:
   return config
 
 
-def load(name_or_path: str = "", overrides: Mapping[str, Any] = {}) -> ml_collections.ConfigDict:  # noqa: B006
+def load(name_or_path: str = "", overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
   """Returns the locked, checked config of an experiment, or of the checkpoint that `overrides` names.
 
   `name_or_path` is that of `read`; "" takes the config that the checkpoint `checkpoint` (or `distill.teacher`) carries.
@@ -43,6 +43,7 @@ def load(name_or_path: str = "", overrides: Mapping[str, Any] = {}) -> ml_collec
   Raises:
     UserError: the file cannot be read, or an override does not fit a key.
   """
+  overrides = overrides or {}
   if name_or_path:
     config = read(name_or_path)
   elif path := next((overrides[k] for k in ("checkpoint", "distill.teacher") if names_run(overrides.get(k, ""))), ""):
@@ -211,7 +212,8 @@ def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ..
   path = epath.Path(workdir) / "config.json"
   if path.exists():
     stored = json.loads(path.read_text())
-    ours, theirs = {"job": job, **config}, {"job": stored["job"], **stored["config"]}
+    # Completed, so that the message gives the default of a key that is younger than the run rather than None.
+    ours, theirs = {"job": job, **config}, completed({"job": stored["job"], **stored["config"]}).to_dict()
     if name := difference(ours, theirs, free):
       was, now = (flat(tree).get(name) for tree in (theirs, ours))
       raise errors.UserError(

@@ -284,4 +284,6 @@ def test_a_workdir_belongs_to_one_run(tmp_path):
   assert stored["version"] == simclr_jax.__version__
   del stored["config"]["memory"], stored["config"]["finetune"]["micro_batches"], stored["version"]
   (tmp_path / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(errors.UserError, match="finetune.micro_batches was 1, now is 2"):
+    claim({**config, "finetune": {**config["finetune"], "micro_batches": 2}})
   claim(config)
