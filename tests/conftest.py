@@ -9,12 +9,18 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # runs of the suite find it too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{pathlib.Path(__file__).parents[1]}/.pytest_cache/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-# LLVM's optimisations take most of the time of a test that compiles; tests of what they do ask for them by a marker.
+# LLVM's optimisations take most of the time of a test that compiles, and XLA's emitters of fusions more than half of the
+# rest. Tests of what they do ask for both by the marker `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+import gc
+import resource
 
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,6 +32,9 @@ FIXTURES = pathlib.Path(__file__).parent / "reference"
 
 # A process has eight virtual devices, of which the code under test sees this many.
 VISIBLE = {"devices": 1}
+
+# Where Linux says how much memory this process has, its second number in pages; and when that is much, in bytes.
+STATM, LARGE = pathlib.Path("/proc/self/statm"), 2 * 2**30
 
 
 def _show_devices() -> None:
@@ -39,15 +48,38 @@ def _show_devices() -> None:
 _show_devices()
 
 
+def _with_emitters(options):
+  """Returns a compilation's options with those emitters that XLA_FLAGS leaves out above."""
+  options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", True)]
+  return options
+
+
 @pytest.fixture(autouse=True)
-def _marked(request):
+def _marked(request, monkeypatch):
   """Gives a test the devices and the compiler that its markers `devices(n)` and `optimized` ask for."""
   devices = request.node.get_closest_marker("devices")
   VISIBLE["devices"] = devices.args[0] if devices else 1
-  jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
+  if optimized := request.node.get_closest_marker("optimized") is not None:
+    options_of = compiler.get_compile_options
+    monkeypatch.setattr(compiler, "get_compile_options", lambda *a, **k: _with_emitters(options_of(*a, **k)))
+  jax.config.update("jax_disable_most_optimizations", not optimized)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
   VISIBLE["devices"] = 1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory():
+  """Frees the programs of a file where they have grown large; the folder of compiled programs keeps what took long."""
+  yield
+  if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > LARGE:
+    jax.clear_caches()
+
+
+def pytest_collection_finish():
+  """Leaves out of garbage collection what was imported: half a million objects, visited again and again otherwise."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture
