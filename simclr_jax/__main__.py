@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.util
 import os
 import pathlib
 import sys
@@ -70,16 +69,9 @@ def _profiled_steps(text: str) -> tuple[int, int] | None:
   return (int(parts[0]), int(parts[1])) if parts else None
 
 
-def _given(text: str) -> str:
-  if not text:
-    raise errors.UserError("option --config needs a value: --config=VALUE.")
-  return text
-
-
 _PROFILE = Option("profile_steps", "FIRST,LAST: steps of a profiler trace", _profiled_steps)
-_MFU = _number(
-  "mfu", float, lambda x: 0 < x <= 1, "a share of the peak above 0, at most 1", "expected share of the peak"
-)
+_SHARE = "a share of the peak above 0, at most 1"
+_MFU = _number("mfu", float, lambda x: 0 < x <= 1, _SHARE, "expected share of the peak")
 _LAYER = "0, 1, ... or -1 for the last one"
 
 # The options of each job beside those that all have.
@@ -122,32 +114,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     _number("steps", int, lambda x: 0 <= x < 1e9, "a number from 0, such as 100", "of CIFAR-10"),
   ),
 }
-SHARED = (
-  Option("config", argparse.SUPPRESS, _given),
-  *(Option(name, argparse.SUPPRESS) for name in ("workdir", "coordinator", "processes", "process")),
-)
+SHARED = tuple(Option(name, argparse.SUPPRESS) for name in ("config", "workdir", "coordinator", "processes", "process"))
 # Commands that run no job, and their help.
 OTHERS = {
   "configs": "lists the bundled experiments",
   "config": "prints a config, resolved: each key's value and meaning, with a star where it differs from the defaults",
 }
-
-
-class _Store(argparse.Action):
-  """Stores an option's value, converted; a mistake in it is a UserError rather than argparse's own exit."""
-
-  def __init__(self, option_strings, dest, option, **keys):
-    super().__init__(option_strings, dest, nargs="?", **keys)
-    self._option = option
-
-  def __call__(self, parser, namespace, values, option_string=None):
-    values = self._option.bare if values is None else values
-    if values is None:
-      raise errors.UserError(f"option {option_string} needs a value: {option_string}=VALUE.")
-    setattr(namespace, self.dest, self._option.convert(values))
-
-
-_FORMATTER = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=20, width=120)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,7 +130,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
   """Runs the command `argv` (without the program's name) and returns the exit code."""
   try:
-    return _run(argv)
+    _run(argv)
+    return 0
   except errors.UserError as error:
     print(f"simclr_jax: {error}", file=sys.stderr)
     return 2
@@ -182,32 +155,29 @@ def entry() -> None:
   sys.exit(main(sys.argv[1:]))
 
 
-def _run(argv: list[str]) -> int:
-  if not argv or argv[0] in ("--help", "-h", "help"):
+def _run(argv: list[str]) -> None:
+  name, known = argv[0] if argv else "help", (*jobs.JOBS, *OTHERS)
+  if name in ("--help", "-h", "help"):
     print(_parsers()[0].format_help())
-    return 0
-  name = argv[0]
-  if name == "--version":
+  elif name == "--version":
     print(simclr_jax.__version__)
-    return 0
-  known = (*jobs.JOBS, *OTHERS)
-  if name not in known:
+  elif name not in known:
     raise errors.UserError(f"unknown job {name!r}{errors.nearest(name, known)}; the jobs are {', '.join(jobs.JOBS)}.")
-  if "--help" in argv or "-h" in argv:
+  elif "--help" in argv or "-h" in argv:
     print(_parsers()[1][name].format_help())
-    return 0
-  options, overrides = parse(name, argv[1:])
-  if name == "configs":
-    print("\n".join(f"{stem:<20}{config_lib.summary(path)}" for stem, path in config_lib.bundled().items()))
-    return 0
-  if name == "config":
-    config = config_lib.load(options.get("config", ""), overrides) if options or overrides else config_lib.defaults()
-    print(config_lib.described(config))
-    return 0
-  return _run_job(name, options, overrides)
+  else:
+    options, overrides = parse(name, argv[1:])
+    if name == "configs":
+      print("\n".join(f"{stem:<20}{config_lib.summary(path)}" for stem, path in config_lib.bundled().items()))
+    elif name == "config":
+      given = options or overrides
+      config = config_lib.load(options.get("config", ""), overrides) if given else config_lib.defaults()
+      print(config_lib.described(config))
+    else:
+      _run_job(name, options, overrides)
 
 
-def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> int:
+def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> None:
   shared = {option.name: options.pop(option.name) for option in SHARED if option.name in options}
   if "topology" in options or "gpu" in options:
     # The devices are described ones, or those of processes of their own: this process leaves them alone.
@@ -221,7 +191,6 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> i
   if not workdir and "profile_input" not in options:
     raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
   simclr_jax.run(name, config, workdir, **options)
-  return 0
 
 
 def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -238,20 +207,28 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
       overrides[option.removeprefix("--config.")] = value if has_value else "true"
     else:
       rest.append(arg)
-  options, unknown = _parsers()[1][name].parse_known_args(rest)
+  given, unknown = _parsers()[1][name].parse_known_args(rest)
+  known = {option.name: option for option in (*SHARED, *OPTIONS.get(name, ()))}
+  options = {}
+  # Converted here and not by argparse, which has a message of its own for a mistake in a value.
+  for option, text in vars(given).items():
+    text = known[option].bare if text is None else text
+    if text is None or option == "config" and not text:
+      raise errors.UserError(f"option --{option} needs a value: --{option}=VALUE.")
+    options[option] = known[option].convert(text)
   for arg in unknown:
     option = arg.removeprefix("--").partition("=")[0]
     if not arg.startswith("--"):
       raise errors.UserError(f"unexpected argument {arg!r}; options look like --name=value.")
-    known = [known.name for known in (*SHARED, *OPTIONS.get(name, ()))]
     raise errors.UserError(f"unknown option --{option}{errors.nearest(option, known)}; see --help.")
-  return vars(options), overrides
+  return options, overrides
 
 
 @functools.cache
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
   """Returns the parser of the command line, and that of each command by name."""
-  shared = {"epilog": f"options of all jobs:\n{USAGE}", "formatter_class": _FORMATTER, "add_help": False}
+  formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=20, width=120)
+  shared = {"epilog": f"options of all jobs:\n{USAGE}", "formatter_class": formatter, "add_help": False}
   usage = "simclr-jax JOB --config=NAME[:VARIANT] [--config.KEY=VALUE ...] --workdir=DIR"
   parser = _Parser(prog="simclr-jax", description="SimCLR in JAX.", usage=usage, **shared)
   commands = parser.add_subparsers(title="jobs", metavar="JOB")
@@ -270,33 +247,31 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     group = command.add_argument_group("options of this job")
     for option in (*OPTIONS.get(name, ()), *SHARED):
-      group.add_argument(f"--{option.name}", action=_Store, option=option, help=option.help, metavar="VALUE")
+      group.add_argument(f"--{option.name}", nargs="?", help=option.help, metavar="VALUE")
   return parser, commands.choices
 
 
 def _join(options: dict[str, str]) -> None:
   """Makes this process one of a run's several."""
   given = [name for name in ("coordinator", "processes", "process") if name in options]
-  if not given:
-    return
   if options.get("processes") == "auto":
     jax.distributed.initialize()
-    return
-  if len(given) < 3 or not (options["processes"].isdigit() and options["process"].isdigit()):
-    raise errors.UserError(
-      f"got only {', '.join('--' + name for name in given)}; a run of several processes needs "
-      "--coordinator=HOST:PORT --processes=N --process=I with numbers, or --processes=auto."
-    )
-  count, index = int(options["processes"]), int(options["process"])
-  if index >= count:
-    raise errors.UserError(f"--process={index} is not below --processes={count}; count from 0.")
-  jax.distributed.initialize(options["coordinator"], count, index)
+  elif given:
+    if len(given) < 3 or not (options["processes"].isdigit() and options["process"].isdigit()):
+      raise errors.UserError(
+        f"got only {', '.join('--' + name for name in given)}; a run of several processes needs "
+        "--coordinator=HOST:PORT --processes=N --process=I with numbers, or --processes=auto."
+      )
+    count, index = int(options["processes"]), int(options["process"])
+    if index >= count:
+      raise errors.UserError(f"--process={index} is not below --processes={count}; count from 0.")
+    jax.distributed.initialize(options["coordinator"], count, index)
 
 
 def _doc(name: str) -> str:
   """Returns a job's docstring; it is not imported, so that help answers at once."""
-  spec = importlib.util.find_spec(f"simclr_jax.jobs.{name}")
-  return textwrap.dedent(pathlib.Path(spec.origin).read_text().split('"""')[1]).strip()
+  path = pathlib.Path(jobs.__file__).with_name(f"{name}.py")
+  return textwrap.dedent(path.read_text().split('"""')[1]).strip()
 
 
 if __name__ == "__main__":

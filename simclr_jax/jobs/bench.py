@@ -30,8 +30,6 @@ from simclr_jax.version import __version__
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SECTIONS = ("loss", "input", "step", "resident")
 GPU_SECTIONS = ("resnet50", "cifar")
-# In place of the accelerator's batches where the network is a tiny one.
-SMALL_BATCHES = (8,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,17 @@ def run(workdir: str, **options: Any) -> dict[str, Any]:
       raise errors.UserError(f"--{option}={path} does not exist; give one that does, or leave it out.")
   if given.small and not given.gpu:
     raise errors.UserError("--small is for --gpu; the other sections have --rounds, and --sizes for the loss.")
-  measure, sections = _module("measure"), _sections(workdir, given)
+  measure, accelerator, rounds = _module("measure"), _module("accelerator"), given.rounds
+  batches = given.batches or ((8,) if given.small else accelerator.BATCHES)
+  length = {"epochs": given.epochs, "steps": given.steps, "small": given.small}
+  sections = {
+    "loss": lambda: _module("loss").run(given.sizes or SIZES),
+    "input": lambda: _module("host_input").run(given.data_dir, rounds),
+    "step": lambda: _module("step").run(rounds=rounds),
+    "resident": lambda: _module("resident").run(rounds=rounds),
+    "resnet50": lambda: accelerator.run(data_dir=given.data_dir, batches=batches, rounds=rounds, small=given.small),
+    "cifar": lambda: _module("cifar").run(workdir, npz=given.npz, **length),
+  }
   result = measure.circumstances(_command(given)) | {"version": __version__}
   machine = f"{result['machine']['cores']} cores of {result['machine']['cpu']}"
   measure.say(f"{result['device']}, {machine}, jax {result['jax']}, commit {result['commit']}")
@@ -83,21 +91,6 @@ def run(workdir: str, **options: Any) -> dict[str, Any]:
   return result
 
 
-def _sections(workdir: str, given: Options) -> dict[str, Any]:
-  """Returns what measures each section, called without arguments."""
-  accelerator, rounds = _module("accelerator"), given.rounds
-  batches = given.batches or (SMALL_BATCHES if given.small else accelerator.BATCHES)
-  length = {"epochs": given.epochs, "steps": given.steps, "small": given.small}
-  return {
-    "loss": lambda: _module("loss").run(given.sizes or SIZES),
-    "input": lambda: _module("host_input").run(given.data_dir, rounds),
-    "step": lambda: _module("step").run(rounds=rounds),
-    "resident": lambda: _module("resident").run(rounds=rounds),
-    "resnet50": lambda: accelerator.run(data_dir=given.data_dir, batches=batches, rounds=rounds, small=given.small),
-    "cifar": lambda: _module("cifar").run(workdir, npz=given.npz, **length),
-  }
-
-
 def _module(name: str) -> Any:
   try:
     return importlib.import_module(f"benchmarks.{name}")
@@ -113,7 +106,6 @@ def _module(name: str) -> Any:
 def _command(given: Options) -> str:
   """Returns the command line that gives these options."""
   as_text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-  plain = dataclasses.asdict(Options())
-  changed = {name: value for name, value in dataclasses.asdict(given).items() if value != plain[name]}
+  changed = {name: value for name, value in vars(given).items() if value != getattr(Options, name)}
   options = [f"--{name}" if value is True else f"--{name}={as_text(value)}" for name, value in changed.items()]
   return " ".join(["python -m simclr_jax bench", *options])

@@ -31,7 +31,14 @@ def run(
 ) -> dict[str, Any]:
   """Returns the held-out accuracies of the student trained by `config.distill`."""
   keys = config.distill
-  _check(keys)
+  if not keys.teacher:
+    raise errors.UserError(
+      "distill has no teacher; give --config.distill.teacher=RUN, the workdir of a run of finetune or linear_eval."
+    )
+  if not keys.temperature > 0:
+    raise errors.UserError(f"config.distill.temperature is {keys.temperature}; it must be positive, for example 1.0.")
+  if not 0 <= keys.label_weight <= 1:
+    raise errors.UserError(f"config.distill.label_weight is {keys.label_weight}; use a share from 0 to 1.")
   this = experiment.Experiment(config, "distill", workdir)
   layer = this.network.layer("finetune_from")
   teacher = inference.classifier(keys.teacher, this.mesh)
@@ -44,34 +51,24 @@ def run(
   train, labelled = _images(this, teacher.classes)
 
   def constants():
-    table = _cached(this, teacher, train) if keys.cache_teacher else teacher.variables
-    return sharding.replicate(labelled, this.mesh), table
+    if not keys.cache_teacher:
+      return sharding.replicate(labelled, this.mesh), teacher.variables
+    telemetry.log.info("distill: the teacher looks at %d images once.", train.num_examples)
+    logits = features.of_split(teacher.logits_of, teacher.variables, this.rows(train)(), this.mesh).x
+    return sharding.replicate(labelled, this.mesh), sharding.replicate(logits, this.mesh)
 
   if keys.cache_teacher:
     teacher_of = lambda batch, table: table[batch["index"]]
   else:
     teacher_of = lambda batch, variables: teacher.logits_of(variables, batch["image"])
-  objective = functools.partial(
-    objectives.Distillation, teacher_of=teacher_of, temperature=keys.temperature, label_weight=keys.label_weight
-  )
+  options = {"teacher_of": teacher_of, "temperature": keys.temperature, "label_weight": keys.label_weight}
   task = classifier.Task(
     *(train, this.held_out, teacher.classes, layer),
-    objective=objective,
+    objective=functools.partial(objectives.Distillation, **options),
     constants=constants,
     about={"teacher": keys.teacher, "layer": layer, "labelled_examples": int(labelled.sum())},
   )
   return classifier.train(this, task, profile_steps=profile_steps)
-
-
-def _check(keys: ml_collections.ConfigDict) -> None:
-  if not keys.teacher:
-    raise errors.UserError(
-      "distill has no teacher; give --config.distill.teacher=RUN, the workdir of a run of finetune or linear_eval."
-    )
-  if not keys.temperature > 0:
-    raise errors.UserError(f"config.distill.temperature is {keys.temperature}; it must be positive, for example 1.0.")
-  if not 0 <= keys.label_weight <= 1:
-    raise errors.UserError(f"config.distill.label_weight is {keys.label_weight}; use a share from 0 to 1.")
 
 
 def _images(this: experiment.Experiment, classes: int) -> tuple[source.Source, np.ndarray]:
@@ -94,10 +91,3 @@ def _images(this: experiment.Experiment, classes: int) -> tuple[source.Source, n
   labelled = np.zeros(train.num_examples, bool)
   labelled[rows] = True
   return train, labelled
-
-
-def _cached(this: experiment.Experiment, teacher: inference.Classifier, train: source.Source) -> Any:
-  """Returns the teacher's logits f32[N, K] of the centre crop of every image, on every device."""
-  telemetry.log.info("distill: the teacher looks at %d images once.", train.num_examples)
-  logits = features.of_split(teacher.logits_of, teacher.variables, this.rows(train)(), this.mesh).x
-  return sharding.replicate(logits, this.mesh)

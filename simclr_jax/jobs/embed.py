@@ -19,7 +19,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +35,6 @@ from simclr_jax.data import inputs, source
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
 from simclr_jax.training import checkpoint, telemetry
-
-# Images of another folder are another result.
-FREE = tuple(key for key in config_lib.FREE if key != "data.dir")
-
-
-class Part(NamedTuple):
-  """The file `path`, which holds the rows `begin` to `end` of the split."""
-
-  path: epath.Path
-  begin: int
-  end: int
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -66,10 +55,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   if not images.num_examples:
     raise errors.UserError(f"{images.name} has no images; choose another --config.embed.split.")
   frozen = inference.representation(this, mesh)
-  this.claim(FREE)
+  # Images of another folder are another result.
+  this.claim(tuple(key for key in config_lib.FREE if key != "data.dir"))
   _claim_contents(workdir, images)
 
-  parts = _parts(epath.Path(workdir), images.num_examples, keys)
+  # Each file and its rows of the split.
+  split = range(images.num_examples)
+  pieces = [split[begin : begin + keys.rows_per_file] for begin in split[:: keys.rows_per_file]]
+  path = lambda number: epath.Path(workdir) / f"features-{number:05d}-of-{len(pieces):05d}.{keys.format}"
+  parts = [(path(number), rows) for number, rows in enumerate(pieces)]
   index, count = jax.process_index(), jax.process_count()
   own = parts[len(parts) * index // count : len(parts) * (index + 1) // count]
   dimension = _write_missing(this, images, own, frozen, mesh)
@@ -77,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   result = {
     "examples": images.num_examples,
     "dimension": dimension,
-    "files": [part.path.name for part in parts],
+    "files": [path.name for path, _ in parts],
     "rows_per_file": keys.rows_per_file,
     "format": keys.format,
     "source": images.name,
@@ -86,7 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     "layer": frozen.layer,
     "image_size": config.data.image_size,
   }
-  lost = [part.path.name for part in parts if not part.path.exists()] if jax.process_index() == 0 else []
+  lost = [path.name for path, _ in parts if not path.exists()] if jax.process_index() == 0 else []
   if lost:
     raise errors.UserError(f"{workdir} lacks {lost[0]}, which another process wrote; give a folder that all share.")
   telemetry.write_result(workdir, result)
@@ -110,18 +104,10 @@ def _claim_contents(workdir: str, images: source.Source) -> None:
     files.write_json(path, ours)
 
 
-def _parts(folder: epath.Path, examples: int, keys) -> list[Part]:
-  """Returns the files of the whole split."""
-  count = -(-examples // keys.rows_per_file)
-  path = lambda number: folder / f"features-{number:05d}-of-{count:05d}.{keys.format}"
-  begins = range(0, examples, keys.rows_per_file)
-  return [Part(path(n), begin, min(begin + keys.rows_per_file, examples)) for n, begin in enumerate(begins)]
-
-
 def _write_missing(
   this: experiment.Experiment,
   images: source.Source,
-  parts: list[Part],
+  parts: list[tuple[epath.Path, range]],
   frozen: inference.Representation,
   mesh: jax.sharding.Mesh,
 ) -> int:
@@ -129,21 +115,20 @@ def _write_missing(
   embed = lambda variables, batch: frozen.encode(variables, batch).astype(jnp.float32)
   rows_of = lambda variables, batch: {"features": embed(variables, batch["image"]), "label": batch["label"]}
   table_of = features.table_of(rows_of, mesh)
-  missing = [part for part in parts if not part.path.exists()]
-  rows = sum(part.end - part.begin for part in missing)
+  missing = [(path, rows) for path, rows in parts if not path.exists()]
+  total = sum(len(rows) for _, rows in missing)
   begin = time.monotonic()
-  with tqdm.tqdm(total=rows, desc="embed", unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
-    for part in missing:
-      held = images.consecutive(part.begin, part.end)
+  with tqdm.tqdm(total=total, desc="embed", unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+    for path, rows in missing:
+      held = images.consecutive(rows.start, rows.stop)
       table = table_of(frozen.variables, _counted(this.rows(held, shared=False)(), bar))
       features.check_finite(table["features"], held.name, this.config.checkpoint)
-      index = np.arange(part.begin, part.end, dtype=np.int64)
-      table = {"name": held.names(), **table, "index": index}
-      files.write_bytes(part.path, WRITERS[this.config.embed.format](table))
+      table = {"name": held.names(), **table, "index": np.array(rows, np.int64)}
+      files.write_bytes(path, WRITERS[this.config.embed.format](table))
   seconds = time.monotonic() - begin
   telemetry.log.info(
     "embed: %d images in %d files in %.1f s, %.0f images/s with compilation; %d files were there before.",
-    *(rows, len(missing), seconds, rows / seconds, len(parts) - len(missing)),
+    *(total, len(missing), seconds, total / seconds, len(parts) - len(missing)),
   )
   return jax.eval_shape(embed, frozen.variables, this.network.images(mesh.size)).shape[1]
 

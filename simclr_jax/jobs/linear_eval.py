@@ -14,6 +14,7 @@ each; these two are trained again on all training images and count the held-out 
 distill or linear_eval, pretraining's online classifier, or a converted release.
 """
 
+import itertools
 import time
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from simclr_jax import classifier, errors, experiment, inference, numbers
 from simclr_jax.evaluation import features, probes, scores, selection
 from simclr_jax.hardware import sharding
-from simclr_jax.training import checkpoint, telemetry
+from simclr_jax.training import telemetry
 
 
 def run(
@@ -55,8 +56,7 @@ def _stored(this: experiment.Experiment) -> dict[str, Any]:
   path = this.config.checkpoint
   if not this.is_pretrained:
     raise errors.UserError("linear_eval.protocol stored needs a classifier; give --config.checkpoint=RUN, not random.")
-  this.saved()
-  held_out = this.held_out
+  saved, held_out = this.saved(), this.held_out
   stored = inference.classifier(path, this.mesh)
   if held_out.num_classes != stored.classes:
     raise errors.UserError(
@@ -66,7 +66,7 @@ def _stored(this: experiment.Experiment) -> dict[str, Any]:
   this.claim()
   counted = scores.accuracy(stored.logits_of, stored.variables, this.rows(held_out)(), this.mesh)
   result = {f"eval/{name}": value for name, value in counted.items()}
-  result |= {"layer": checkpoint.open(path).classifier_layer, "protocol": "stored", "checkpoint": path}
+  result |= {"layer": saved.classifier_layer, "protocol": "stored", "checkpoint": path}
   telemetry.write_result(this.workdir, result)
   telemetry.log.info(
     "linear_eval: stored classifier, top-1 %.2f %%, top-5 %.2f %% of %d held-out images",
@@ -106,8 +106,19 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   begin = time.monotonic()
   by_path = selection.choose_from_path(known, rows, test, path, **options)
   seconds["lbfgs"] = time.monotonic() - begin
+  by_cell = zip(itertools.product(grid.learning_rates, grid.weight_decays), by_grid.validation_top1.flat, strict=True)
+  cells = [{"learning_rate": rate, "weight_decay": decay, "top1": float(top1)} for (rate, decay), top1 in by_cell]
+  by_strength = zip(path.l2_strengths, by_path.validation_top1, strict=True)
   result = {
-    **_chosen(grid, path, by_grid, by_path),
+    "eval/top1": by_grid.top1,
+    "eval/top5": by_grid.top5,
+    "eval/lbfgs_top1": by_path.top1,
+    "eval/lbfgs_top5": by_path.top5,
+    "learning_rate": by_grid.learning_rate,
+    "weight_decay": by_grid.weight_decay,
+    "l2_strength": by_path.l2_strength,
+    "validation/top1": cells,
+    "validation/lbfgs_top1": [{"l2_strength": strength, "top1": float(top1)} for strength, top1 in by_strength],
     "eval/examples": len(test.label),
     "validation/examples": len(rows[1]),
     **{f"seconds/{name}": value for name, value in seconds.items()},
@@ -134,28 +145,6 @@ def _settings(keys) -> tuple[probes.Grid, probes.L2Path]:
     raise errors.UserError(f"config.probes.validation_share is {keys.validation_share}; use a share such as 0.1.")
   grid = probes.Grid(rates, decays, keys.epochs, keys.batch_size)
   return grid, probes.L2Path(strengths, keys.lbfgs_steps, keys.lbfgs_tolerance)
-
-
-def _chosen(
-  grid: probes.Grid, path: probes.L2Path, by_grid: selection.GridChoice, by_path: selection.PathChoice
-) -> dict[str, Any]:
-  cells = [
-    {"learning_rate": rate, "weight_decay": decay, "top1": float(by_grid.validation_top1[row, column])}
-    for row, rate in enumerate(grid.learning_rates)
-    for column, decay in enumerate(grid.weight_decays)
-  ]
-  by_strength = zip(path.l2_strengths, by_path.validation_top1, strict=True)
-  return {
-    "eval/top1": by_grid.top1,
-    "eval/top5": by_grid.top5,
-    "eval/lbfgs_top1": by_path.top1,
-    "eval/lbfgs_top5": by_path.top5,
-    "learning_rate": by_grid.learning_rate,
-    "weight_decay": by_grid.weight_decay,
-    "l2_strength": by_path.l2_strength,
-    "validation/top1": cells,
-    "validation/lbfgs_top1": [{"l2_strength": strength, "top1": float(top1)} for strength, top1 in by_strength],
-  }
 
 
 def report(result: dict[str, Any]) -> str:

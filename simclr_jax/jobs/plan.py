@@ -85,15 +85,15 @@ def run(
   path.parent.mkdir(parents=True, exist_ok=True)
   command = "python -m simclr_jax " + " ".join(sys.argv[1:])
   facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": mfu, "config": config.to_dict()}
-  plans = []
+  plans, rows = [], []
   for size in batch_sizes or (config.batch_size,):
     part = config.copy_and_resolve_references()
     part.batch_size = size
     part.eval_batch_size = count  # Not planned for.
     plan = _apart(part, topology, count) if topology else make(part, topology, count)
     plans.append(plan)
+    rows.append({**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, mfu)})
     print(table(plan, topology, mfu), flush=True)
-    rows = [{**dataclasses.asdict(plan), "fits": plan.fits, **estimates(plan, mfu)} for plan in plans]
     files.write_json(path, {**facts, "version": __version__, "plans": rows})
   telemetry.log.info("Written to %s", path)
   return plans
@@ -111,7 +111,7 @@ def _apart(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan
       ) from None
 
 
-def make(config: ml_collections.ConfigDict, topology: str = "", count: int | None = None) -> Plan:
+def make(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:
   """Returns the plan of the config's training step on the first `count` devices of a topology, or of this machine."""
   devices, chip_count = _devices(topology)
   chip = chips.chip_of(devices[0])
@@ -170,16 +170,14 @@ def _compiled(
 def batch_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of a global batch, as it comes before the part of the augmentation that the step does."""
   n, size, at = config.batch_size, config.data.image_size, sharding.batched(mesh)
-  if config.data.resident or config.augment.compose:
-    images = {"image": jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8, sharding=at)}
-    if config.data.resident and config.augment.compose:
-      count = len(composition.codes(config.augment.compose))
-      images["operations"] = jax.ShapeDtypeStruct((n, count), jnp.int32, sharding=at)
-  else:
+  rows = lambda dtype, *shape: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=at)
+  batch = dict.fromkeys(("label", "index", "epoch"), rows(jnp.int32))
+  if not (config.data.resident or config.augment.compose):
     dtype = jnp.uint8 if config.augment.place == "device" else jnp.float32
-    images = {"views": jax.ShapeDtypeStruct((n, 2, size, size, 3), dtype, sharding=at)}
-  row = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=at)
-  return {**images, "label": row, "index": row, "epoch": row}
+    return {"views": rows(dtype, 2, size, size, 3), **batch}
+  if config.data.resident and config.augment.compose:
+    batch["operations"] = rows(jnp.int32, len(composition.codes(config.augment.compose)))
+  return {"image": rows(jnp.uint8, size, size, 3), **batch}
 
 
 def estimates(plan: Plan, mfu: float) -> dict[str, float | None]:
@@ -197,30 +195,26 @@ def table(plan: Plan, topology: str, mfu: float) -> str:
   where = f"{topology}, {where}" if topology else where
   parts = f" in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
   lines = [f"\nBatch {plan.batch_size:,}{parts} on {where}; compiled in {plan.compile_seconds:.0f} s"]
+  row = lambda title, value: lines.append(f"    {title:<34}{value}")
   lines.append("\n  memory of one device")
-  rows = list((plan.memory or {}).items())
-  rows.append(("needed", plan.needed))
+  sizes = {**(plan.memory or {}), "needed": plan.needed}
   if plan.available is not None:
-    rows += [("the chip has", plan.available), ("left", plan.available - plan.needed)]
-  lines += [f"    {kind:<34}{size / chips.GIB:10.3f} GiB" for kind, size in rows]
+    sizes |= {"the chip has": plan.available, "left": plan.available - plan.needed}
+  for kind, size in sizes.items():
+    row(kind, f"{size / chips.GIB:10.3f} GiB")
   if not plan.fits:
     lines.append("  DOES NOT FIT. " + advice(plan))
   if plan.exchanged:
     lines.append("\n  exchanged in one step, by each device")
-    lines += [
-      f"    {row['kind'] + ', ' + row['purpose']:<34}{row['calls']:10,} x {_bytes(row['bytes'])} together"
-      for row in plan.exchanged
-    ]
+  for found in plan.exchanged:
+    row(f"{found['kind']}, {found['purpose']}", f"{found['calls']:10,} x {_bytes(found['bytes'])} together")
   lines.append("\n  time")
-  lines.append(f"    {'model FLOPs of a step':<34}{plan.step_flops / 1e12:10.1f} TFLOP, all devices")
+  row("model FLOPs of a step", f"{plan.step_flops / 1e12:10.1f} TFLOP, all devices")
   if plan.step_seconds_at_peak is not None:
-    guess = estimates(plan, mfu)
-    lines += [
-      f"    {'step at the peak':<34}{1e3 * plan.step_seconds_at_peak:10.1f} ms",
-      f"    {f'step at {mfu:.0%} of it (assumed)':<34}{1e3 * guess['step_seconds']:10.1f} ms, "
-      f"{guess['images_per_second']:,.0f} images/s to be fed",
-      f"    {f'run of {plan.steps:,} steps':<34}{guess['hours']:10.1f} h",
-    ]
+    step, rate, hours = estimates(plan, mfu).values()
+    row("step at the peak", f"{1e3 * plan.step_seconds_at_peak:10.1f} ms")
+    row(f"step at {mfu:.0%} of it (assumed)", f"{1e3 * step:10.1f} ms, {rate:,.0f} images/s to be fed")
+    row(f"run of {plan.steps:,} steps", f"{hours:10.1f} h")
   return "\n".join(lines)
 
 
@@ -285,14 +279,11 @@ def _split_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 
 def _memory_of(analysis, state, batch) -> dict[str, int]:
-  parts = {
-    "parameters": cost.bytes_per_device(state.params),
-    "batch statistics": cost.bytes_per_device(state.batch_stats),
-    "optimizer": cost.bytes_per_device(state.opt_state),
-    "batch": cost.bytes_per_device(batch),
-  }
+  trees = {"parameters": state.params, "batch statistics": state.batch_stats, "optimizer": state.opt_state}
+  trees["batch"] = batch
   if state.memory is not None:
-    parts["queue of negatives"] = cost.bytes_per_device(state.memory)
+    trees["queue of negatives"] = state.memory
+  parts = {name: cost.bytes_per_device(tree) for name, tree in trees.items()}
   layout = analysis.argument_size_in_bytes - sum(parts.values())
   # The new state takes the place of the old one; what is left of the outputs are the metrics.
   outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

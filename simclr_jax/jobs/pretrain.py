@@ -54,16 +54,10 @@ def run(
     flops = this.network.passes * this.network.forward_flops(model, state)
     return profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
   views = _views_of(this, images)
-  evaluate = _evaluate_of(this, model, views)
+  options = {"evaluate": _evaluate_of(this, model, views), "profile_steps": profile_steps}
   state = this.state(model, optimizer.tx)
-  settings = this.run(
-    objective,
-    optimizer,
-    train.num_examples,
-    flops_per_step=this.network.step_flops(this.network.forward_flops(model, state)),
-    evaluate=evaluate,
-    profile_steps=profile_steps,
-  )
+  flops = this.network.step_flops(this.network.forward_flops(model, state))
+  settings = this.run(objective, optimizer, train.num_examples, flops_per_step=flops, **options)
   telemetry.log.info(
     "pretrain: %d images, %d steps of %d, encoder %s parameters, %s",
     *(train.num_examples, optimizer.total_steps, config.batch_size),

@@ -42,9 +42,6 @@ from simclr_jax.jobs import pretrain
 from simclr_jax.studies import definitions, grid
 from simclr_jax.training import loop, telemetry
 
-# Below this a program is compiled again rather than kept.
-KEPT_COMPILE_SECONDS = 0.1
-
 
 def run(
   config: ml_collections.ConfigDict,
@@ -56,7 +53,7 @@ def run(
   evaluation: str = "linear",
 ) -> dict[str, Any]:
   """Runs what is missing of a grid, and returns (and writes to `result.json`) its accuracies."""
-  chosen = _checked(config, study, rows, columns, evaluation)
+  chosen = _checked(config_lib.flat(config.to_dict()), study, rows, columns, evaluation)
   config_lib.claim(workdir, {**config.to_dict(), "study": study}, "study")
   cells = grid.Grid(study, config, workdir, evaluation, *chosen)
   due = cells.due(*chosen)
@@ -90,9 +87,7 @@ def run(
   return result
 
 
-def _checked(
-  config: ml_collections.ConfigDict, study: str, rows: str, columns: str, evaluation: str
-) -> list[tuple[str, ...]]:
+def _checked(base: dict[str, Any], study: str, rows: str, columns: str, evaluation: str) -> list[tuple[str, ...]]:
   """Returns the labels of the rows and columns asked for, once the command is known to make sense."""
   if study not in definitions.STUDIES:
     near = errors.nearest(study, definitions.STUDIES)
@@ -108,17 +103,14 @@ def _checked(
       f"study is one process with all its devices, and this is one of {jax.process_count()}; start it alone, or give "
       "each machine its own --rows and --workdir."
     )
-  definition, base = definitions.STUDIES[study], config_lib.flat(config.to_dict())
-  return [
-    axis.chosen(text, option) if text else axis.default(base)
-    for axis, text, option in ((definition.rows, rows, "rows"), (definition.columns, columns, "columns"))
-  ]
+  axes = definitions.STUDIES[study].rows, definitions.STUDIES[study].columns
+  asked = zip(axes, (rows, columns), ("rows", "columns"), strict=True)
+  return [axis.chosen(text, option) if text else axis.default(base) for axis, text, option in asked]
 
 
 def _run_cell(cells: grid.Grid, labels: grid.Labels) -> list[Exception]:
   """Runs what is missing of one cell; returns the exception if it failed by a bug of ours."""
-  begin, cell = time.monotonic(), cells.cells[labels]
-  bugs = []
+  begin, cell, bugs = time.monotonic(), cells.cells[labels], []
   try:
     (pretrained, evaluated), (pretraining, evaluating) = cells.folders(labels), cells.configs(labels)
     with telemetry.quiet():
@@ -146,7 +138,7 @@ def _compiled_in(folder: str) -> Iterator[None]:
     yield
     return
   least = jax.config.jax_persistent_cache_min_compile_time_secs
-  _use_cache(folder, KEPT_COMPILE_SECONDS)
+  _use_cache(folder, 0.1)  # What compiles faster is compiled again rather than kept.
   try:
     yield
   finally:

@@ -27,7 +27,6 @@ from simclr_jax.data import inputs, source, sources, transfer_sets
 from simclr_jax.evaluation import features, probes, scores, selection
 from simclr_jax.training import checkpoint, telemetry
 
-FREE = (*config_lib.FREE, "transfer.datasets")
 METRICS = {
   "top1": (scores.top1, "top-1"),
   "mean_per_class": (scores.mean_per_class, "mean per class"),
@@ -42,7 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   tasks = transfer_sets.chosen(keys.datasets, config.data.dir)
   this = experiment.Experiment(config, "transfer", workdir)
   frozen = inference.representation(this)
-  this.claim(FREE)
+  this.claim((*config_lib.FREE, "transfer.datasets"))
 
   step = str(checkpoint.open(config.checkpoint).path) if this.is_pretrained else config.checkpoint
   settings = {task.key: json.loads(json.dumps({**dataclasses.asdict(task), "checkpoint": step})) for task in tasks}
@@ -54,16 +53,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   table = {}
   for task in tasks:
     if task.key in ready:
-      result = _evaluate(this, task, ready[task.key], frozen, path)
+      table[task.key] = _evaluate(this, task, ready[task.key], frozen, path)
       if jax.process_index() == 0:
-        files.write_json(f"{workdir}/{task.key}/result.json", {**result, "settings": settings[task.key]})
-      telemetry.log.info("%s", _line(task.key, result))
+        files.write_json(f"{workdir}/{task.key}/result.json", {**table[task.key], "settings": settings[task.key]})
+      telemetry.log.info("%s", _line(task.key, table[task.key]))
     elif finished[task.key]:
+      table[task.key] = finished[task.key]
       telemetry.log.info("%s: finished before.", task.key)
-      result = finished[task.key]
-    else:
-      continue
-    table[task.key] = result
   result = {"datasets": table, "missing": missing, "checkpoint": config.checkpoint, "layer": frozen.layer}
   telemetry.log.info("%s\n%s", report(result), telemetry.write_result(workdir, result))
   return result
@@ -115,17 +111,13 @@ def _opened(
   ready, missing = {}, {}
   may_miss = transfer_sets.optional(config.transfer.datasets)
   for task in tasks:
-    is_tfds = task.source == "tfds"
-    name, data_dir = (task.location, config.data.dir) if is_tfds else ("", task.location)
-    bad = config.data.max_bad_share
-    request = source.Request("", name=name, data_dir=data_dir, max_bad_share=bad, multi_label=True)
+    at = {"name": task.location, "data_dir": config.data.dir} if task.source == "tfds" else {"data_dir": task.location}
+    request = source.Request("", max_bad_share=config.data.max_bad_share, multi_label=True, **at)
     try:
       names = transfer_sets.splits_of(task, sources.split_names(task.source, request))
-      ready[task.key] = {
-        part: sources.load(task.source, dataclasses.replace(request, split=split))
-        for part, split in zip(("train", "validation", "test"), names, strict=True)
-        if split
-      }
+      parts = zip(("train", "validation", "test"), names, strict=True)
+      requests = {part: dataclasses.replace(request, split=split) for part, split in parts if split}
+      ready[task.key] = {part: sources.load(task.source, wanted) for part, wanted in requests.items()}
     except errors.UserError as error:
       if task.key not in may_miss:
         raise
@@ -146,8 +138,16 @@ def _evaluate(
   if not train.num_classes:
     raise errors.UserError(f"transfer needs labels; {train.name} has none.")
   metric = task.metric or ("map_11" if train.multi_label else "top1")
-  begin = time.monotonic()
-  read = {part: _features(this, frozen, images) for part, images in splits.items()}
+  begin, read = time.monotonic(), {}
+  for part, images in splits.items():
+    rows = inputs.transfer_pass(images, this.config.data.image_size, batch_size=this.config.eval_batch_size)
+    found = read[part] = features.of_split(frozen.encode, frozen.variables, rows, this.mesh)
+    features.check_finite(found.x, images.name, this.config.checkpoint)
+    if found.label.ndim == 1 and (unlabelled := np.sum(found.label < 0)):
+      raise errors.UserError(
+        f"{unlabelled} of {len(found.label)} images of {images.name} have no label; name other splits, as "
+        "NAME:TRAIN:VALIDATION:TEST."
+      )
   seconds = {"features": time.monotonic() - begin}
   if "validation" not in read:
     share = this.config.transfer.validation_share
@@ -168,19 +168,3 @@ def _evaluate(
     "published": list(task.published) if task.published else None,
     "seconds": seconds,
   }
-
-
-def _features(
-  this: experiment.Experiment, frozen: inference.Representation, images: source.Source
-) -> features.Features:
-  """Returns the features of a whole split, and its labels, i32[N] or i32[N, K]."""
-  rows = inputs.transfer_pass(images, this.config.data.image_size, batch_size=this.config.eval_batch_size)
-  found = features.of_split(frozen.encode, frozen.variables, rows, this.mesh)
-  features.check_finite(found.x, images.name, this.config.checkpoint)
-  unlabelled = np.sum(found.label < 0) if found.label.ndim == 1 else 0
-  if unlabelled:
-    raise errors.UserError(
-      f"{unlabelled} of {len(found.label)} images of {images.name} have no label; name other splits, as "
-      "NAME:TRAIN:VALIDATION:TEST."
-    )
-  return found

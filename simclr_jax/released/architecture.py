@@ -56,25 +56,18 @@ def _encoder(shapes: Shapes) -> tuple[dict[str, int | float | bool], int]:
   bottleneck = form.depth in resnet.BOTTLENECK_BLOCKS
   if form.selective:
     filters = [channels[block, "selective", "conv"] // 2 for block in blocks]
-  else:
-    filters = [channels[block, "conv2" if bottleneck else "conv1"] for block in blocks]
-  sk_ratio = se_ratio = 0.0
-  if form.selective:
     reduced = [channels[block, "selective", "reduce"] for block in blocks]
     sk_ratio = _ratio("selective kernels", filters, reduced, SMALLEST_REDUCTION, (RELEASED_SK_RATIO,))
-  elif form.stem == "three":
+  else:
+    filters = [channels[block, "conv2" if bottleneck else "conv1"] for block in blocks]
     # Networks with basic blocks have ResNet-D's stem and shortcuts at any ratio above 0, and no selective kernels.
-    sk_ratio = RELEASED_SK_RATIO
+    sk_ratio = RELEASED_SK_RATIO if form.stem == "three" else 0.0
+  se_ratio = 0.0
   if form.squeeze:
     reduced = [channels[block, "squeeze_excite", "reduce"] for block in blocks]
     se_ratio = _ratio("squeeze-and-excite", filters, reduced, 1)
-  encoder = {
-    "depth": form.depth,
-    "width": _width(filters),
-    "sk_ratio": sk_ratio,
-    "se_ratio": se_ratio,
-    "small_images": form.stem == "small",
-  }
+  encoder = {"depth": form.depth, "width": _width(filters), "sk_ratio": sk_ratio, "se_ratio": se_ratio}
+  encoder["small_images"] = form.stem == "small"
   return encoder, channels[blocks[-1], "conv3" if bottleneck else "conv2"]
 
 

@@ -116,10 +116,8 @@ def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
   """
   result = {}
   if any(name.startswith("base_model/") for name in shapes):
-    form = form_of(shapes)
-    layers = list(encoder_layers(**form._asdict()))
-    _check_norms(layers, shapes)
-    result |= encoder_paths(layers)
+    result |= encoder_paths(encoder_layers(**form_of(shapes)._asdict()))
+    _check_norms(result, shapes)
   matches = [re.match(r"head_contrastive/(n?l)_(\d+)/", name) for name in shapes]
   nonlinear = [int(match[2]) for match in matches if match and match[1] == "nl"]
   if nonlinear:
@@ -201,17 +199,13 @@ def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
   )
 
 
-def _check_norms(layers: Iterable[Conv | Norm], shapes: Mapping[str, tuple[int, ...]]) -> None:
-  """Raises a UserError where a batch norm does not have the channels of the convolution before it."""
-  convs, norms = itertools.count(), itertools.count()
-  for layer in layers:
-    if isinstance(layer, Conv):
-      conv = _numbered("conv2d", next(convs))
-      width = shapes[f"{conv}/kernel"][-1]
-      continue
-    for name in _norm_paths(_numbered("batch_normalization", next(norms)), layer.path):
-      if shapes.get(name, (width,)) != (width,):
-        raise errors.UserError(
-          f'"{name}" has shape {shapes[name]}, but "{conv}/kernel" before it gives {width} '
-          "channels; the numbers in the names must follow the order of creation."
-        )
+def _check_norms(encoder: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises a UserError where a batch norm does not have the channels of the convolution before it, given all names."""
+  for name in encoder:
+    if name.endswith("/kernel"):
+      kernel, width = name, shapes[name][-1]
+    elif not name.endswith("/bias") and shapes.get(name, (width,)) != (width,):
+      raise errors.UserError(
+        f'"{name}" has shape {shapes[name]}, but "{kernel}" before it gives {width} '
+        "channels; the numbers in the names must follow the order of creation."
+      )

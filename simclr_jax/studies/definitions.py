@@ -62,8 +62,9 @@ class Study:
   columns: Axis
   overrides: Callable[[str, str, str, Overrides], Overrides]  # (row, column, variant, flat base config) -> by key
   chart: str  # heat_map | bars | lines_over_rows | lines_over_columns
-  published: dict[tuple[str, str, str], float]  # accuracies in %, by (row, column, variant)
-  published_is: str  # the published experiment in a few words
+  # Accuracies in %, by (row, column, variant).
+  published: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=dict)
+  published_is: str = ""  # the published experiment in a few words
   variants: tuple[str, ...] = ("",)  # labels of a third setting; each cell is run with every one
   # (row, column, variant) -> folder name of the cell; cells with the same name share one run.
   folder: Callable[[str, str, str], str] = lambda *labels: "-".join(label for label in labels if label)
@@ -102,18 +103,15 @@ AUGMENTATIONS = Study(
   published_is="ImageNet, ResNet-50",
 )
 
-
-def _color_strength(label, column, variant, base):
-  strength, _, blur = label.partition("+")
-  return {"augment.color_strength": float(strength), "augment.blur_probability": 0.5 if blur else 0.0}
-
-
 COLOR_STRENGTH = Study(
   title="Strength of the colour distortion",
   source="v1 table 1",
   rows=Axis("colour strength", ("0.125", "0.25", "0.5", "1", "1+blur"), float),
   columns=Axis("value"),
-  overrides=_color_strength,
+  overrides=lambda strength, *_: {
+    "augment.color_strength": float(strength.removesuffix("+blur")),
+    "augment.blur_probability": 0.5 if strength.endswith("+blur") else 0.0,
+  },
   chart="bars",
   published=_column({"0.125": 59.6, "0.25": 61.0, "0.5": 62.6, "1": 63.2, "1+blur": 64.5}),
   published_is="ImageNet, ResNet-50, 100 epochs",
@@ -161,17 +159,15 @@ BATCH_EPOCHS = Study(
   variants=("linear", "sqrt"),
 )
 
-
-def _temperature(temperature, embeddings, variant, base):
-  return {"loss.temperature": float(temperature), "loss.normalize": embeddings == "normalized"}
-
-
 TEMPERATURE = Study(
   title="Temperature and normalisation of the embeddings",
   source="v1 table 5",
   rows=Axis("temperature", ("0.05", "0.1", "0.5", "1", "10", "100"), float),
   columns=Axis("embeddings", ("normalized", "plain")),
-  overrides=_temperature,
+  overrides=lambda temperature, embeddings, *_: {
+    "loss.temperature": float(temperature),
+    "loss.normalize": embeddings == "normalized",
+  },
   chart="lines_over_rows",
   published=_column({"0.05": 59.7, "0.1": 64.4, "0.5": 60.7, "1": 58.0}, "normalized")
   | _column({"10": 57.2, "100": 57.0}, "plain"),
@@ -191,8 +187,6 @@ HEAD = Study(
   columns=Axis("output dimension", ("32", "64", "128", "256"), int),
   overrides=_head,
   chart="lines_over_columns",
-  published={},
-  published_is="",
   folder=lambda kind, dimension, variant: kind if kind == "none" else f"{kind}-{dimension}",
 )
 

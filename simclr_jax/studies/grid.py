@@ -31,6 +31,7 @@ EVALUATIONS = {
 FINISHED, FAILED, NOT_RUN = "finished", "failed", "not run"
 NO_RESULT = {"state": NOT_RUN, "accuracy": None, "train_loss": None, "seconds": None}
 
+Values = tuple[str, ...]  # Labels of an axis.
 Labels = tuple[str, str, str]  # Row, column, variant.
 
 
@@ -41,13 +42,7 @@ class Grid:
   """
 
   def __init__(
-    self,
-    name: str,
-    config: ml_collections.ConfigDict,
-    workdir: str,
-    evaluation: str,
-    rows: tuple[str, ...],
-    columns: tuple[str, ...],
+    self, name: str, config: ml_collections.ConfigDict, workdir: str, evaluation: str, rows: Values, columns: Values
   ):
     """Reads the results of the study `name` in `workdir`.
 
@@ -69,7 +64,7 @@ class Grid:
       self.cells[labels] = _named(labels) | NO_RESULT | known.get(labels, {})
       self.refresh(labels)
 
-  def due(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> list[Labels]:
+  def due(self, rows: Values, columns: Values) -> list[Labels]:
     """Returns the cells of these rows and columns; of cells that share one run only the first."""
     found = {}
     for labels in self.cells:
@@ -94,8 +89,7 @@ class Grid:
   def refresh(self, labels: Labels) -> bool:
     """Updates a cell from the results of its runs; returns whether it is finished."""
     (pretrained, evaluated), cell = self.folders(labels), self.cells[labels]
-    _, config = self.configs(labels)
-    if not self.pretrained(labels) or not experiment.is_finished(evaluated, config):
+    if not self.pretrained(labels) or not experiment.is_finished(evaluated, self.configs(labels)[1]):
       if cell["state"] == FINISHED:  # Its folders were deleted, or hold runs of another config.
         cell |= NO_RESULT
       return False
