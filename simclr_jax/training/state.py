@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from simclr_jax.hardware import sharding
 
@@ -30,9 +31,7 @@ class TrainState:
     return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def variables(
-  model: nn.Module, image_size: int, seed: int, mesh: jax.sharding.Mesh, *, sharded: bool = False
-) -> tuple[Any, Any]:
+def variables(model: nn.Module, image_size: int, seed: int, mesh: Mesh, *, sharded: bool = False) -> tuple[Any, Any]:
   """Returns (params, batch_stats) of `model` at initialisation, the same on any number of devices.
 
   The seed is that of `jax.random.key`. Each device holds a copy; with `sharded`, a part of every large parameter.
@@ -42,9 +41,7 @@ def variables(
   return jax.jit(functools.partial(_init, model, image_size), out_shardings=placement)(jax.random.key(seed))
 
 
-def abstract_variables(
-  model: nn.Module, image_size: int, mesh: jax.sharding.Mesh, *, sharded: bool = False
-) -> tuple[Any, Any]:
+def abstract_variables(model: nn.Module, image_size: int, mesh: Mesh, *, sharded: bool = False) -> tuple[Any, Any]:
   """Returns shapes, dtypes and placements of (params, batch_stats); computes nothing. Arguments as `variables`."""
   params, batch_stats = jax.eval_shape(functools.partial(_init, model, image_size), jax.random.key(0))
   return _placed(params, mesh, sharded), _placed(batch_stats, mesh, False)
@@ -76,7 +73,7 @@ def create(
 
 
 def abstract(
-  model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, sharded: bool
+  model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh: Mesh, *, sharded: bool
 ) -> TrainState:
   """Returns shapes, dtypes and placements of the state before the first step, for an optimizer of all parameters.
 
