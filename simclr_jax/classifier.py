@@ -1,7 +1,6 @@
 """Training of a linear classifier on an encoder, of which any part may learn along: finetune, linear_eval, distill."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,12 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
   optimizer, images = run.optimizer(examples), run.singles(task.train)
   constants = task.constants()
   objective = task.objective(model, run.decay, images.prepare)
-  state = _start(run, model, optimizer, saved)
+  params, batch_stats = run.variables(model)
+  if saved:
+    loaded = [{k: v for k, v in tree.items() if k != "linear_head"} for tree in (params, batch_stats)]
+    parts, statistics = saved.load(*loaded)
+    params, batch_stats = {**params, **parts}, {**batch_stats, **statistics}
+  state = state_lib.create(params, batch_stats, optimizer.tx, objective.trained)
   settings = run.run(
     objective,
     optimizer,
@@ -73,15 +77,6 @@ def flops_of_image(run: experiment.Experiment, model: simclr.Classifier, state: 
   learning = {tuple(path[:-1]) for path in optim.leaf_names(simclr.trained_part(model, state.params))}
   layers = cost.flops_by_module(model, state.variables, run.network.images(1), train=False)
   return sum(flops * (3 if path in learning else 1) for path, flops in layers.items())
-
-
-def _start(run, model, optimizer, saved):
-  params, batch_stats = run.variables(model)
-  if saved:
-    loaded = [{k: v for k, v in tree.items() if k != "linear_head"} for tree in (params, batch_stats)]
-    parts, statistics = saved.load(*loaded)
-    params, batch_stats = {**params, **parts}, {**batch_stats, **statistics}
-  return state_lib.create(params, batch_stats, optimizer.tx, functools.partial(simclr.trained_part, model))
 
 
 def _held_out_accuracy(run, model, held_out) -> loop.Evaluate:

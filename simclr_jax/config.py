@@ -13,7 +13,7 @@ import ml_collections
 from etils import epath
 
 from simclr_jax import errors, files
-from simclr_jax.keys import KEYS, Value
+from simclr_jax.keys import KEYS, TREE, Value, flat
 from simclr_jax.version import __version__
 
 # In place of a checkpoint: the encoder as it is initialised.
@@ -22,26 +22,15 @@ RANDOM = "random"
 
 def defaults() -> ml_collections.ConfigDict:
   """Returns the unlocked configuration that experiments start from: the reference's own defaults."""
-  config = ml_collections.ConfigDict()
-  for name, key in KEYS.items():
-    section, _, leaf = name.rpartition(".")
-    holder = config
-    for part in section.split(".") if section else ():
-      if part not in holder:
-        holder[part] = ml_collections.ConfigDict()
-      holder = holder[part]
-    holder[leaf] = key.default
-  return config
+  of = lambda tree: {name: of(entry) if isinstance(entry, dict) else entry.default for name, entry in tree.items()}
+  return ml_collections.ConfigDict(of(TREE))
 
 
 def load(name_or_path: str = "", overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
   """Returns the locked, checked config of an experiment, or of the checkpoint that `overrides` names.
 
   `name_or_path` is that of `read`; "" takes the config that the checkpoint `checkpoint` (or `distill.teacher`) carries.
-  `overrides` maps dotted keys to values, or to their text.
-
-  Raises:
-    UserError: the file cannot be read, or an override does not fit a key.
+  `overrides` maps dotted keys to values, or to their text; one that does not fit its key is a UserError.
   """
   overrides = overrides or {}
   if name_or_path:
@@ -65,10 +54,7 @@ def load(name_or_path: str = "", overrides: Mapping[str, Any] | None = None) -> 
 
 
 def read(name_or_path: str) -> ml_collections.ConfigDict:
-  """Returns the unlocked config of an experiment: a bundled one by name, or a Python file; a variant after a colon.
-
-  Experiments that build on others call it too.
-  """
+  """Returns the unlocked config of an experiment: a bundled one by name, or a Python file; a variant after a colon."""
   name, _, variant = name_or_path.partition(":")
   path, known = pathlib.Path(name).expanduser(), bundled()
   if not path.is_file():
@@ -160,11 +146,7 @@ def get_key(config: ml_collections.ConfigDict, name: str) -> Value:
 
 
 def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
-  """Sets a dotted key; text is converted to the key's type.
-
-  Raises:
-    UserError: there is no such key, or the value is not of its type.
-  """
+  """Sets a dotted key, text being converted; a UserError where there is no such key or the value has another type."""
   known = flat(config.to_dict())
   if name not in known:
     first = next((key for key in known if key.startswith(f"{name}.")), None)
@@ -174,19 +156,7 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
       f"unknown config key {name!r}{_nearest_key(name, known) or ';'} `simclr-jax config` lists all keys."
     )
   section, _, leaf = name.rpartition(".")
-  holder = get_key(config, section) if section else config
-  holder[leaf] = _converted(name, known[name], value)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns {"a.b": value} of {"a": {"b": value}}."""
-  out = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      out.update(flat(value, f"{prefix}{key}."))
-    else:
-      out[prefix + key] = list(value) if isinstance(value, tuple) else value
-  return out
+  (get_key(config, section) if section else config)[leaf] = _converted(name, known[name], value)
 
 
 # Keys that may change when a run continues.
@@ -194,10 +164,7 @@ FREE = tuple(name for name, key in KEYS.items() if key.is_free)
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
-  """Returns the first dotted key in which two runs' plain configs differ, or ""; those in `free` may differ.
-
-  `theirs` is a stored one, which may lack younger keys.
-  """
+  """Returns the first dotted key, not in `free`, in which a plain config differs from a stored one, or ""."""
   ours, theirs = flat(ours), flat(completed(theirs).to_dict())
   differing = (n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n) and n not in free)
   return next(differing, "")
@@ -206,8 +173,7 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[s
 def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ...] = FREE) -> None:
   """Writes `workdir/config.json`, or checks that it already holds this very run: its job and its plain nested config.
 
-  Raises:
-    UserError: the folder holds another run; names the first key, not among `free`, that differs.
+  Keys in `free` may differ; the UserError for another run names the first one else that does.
   """
   path = epath.Path(workdir) / "config.json"
   if path.exists():

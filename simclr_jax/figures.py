@@ -21,9 +21,9 @@ PAIRS = 12  # Image pairs that fit into one row.
 COLUMNS = 3  # Panels of curves per row.
 
 
-def view_pairs(views: np.ndarray, path: str, *, pairs: int = PAIRS) -> None:
-  """Draws at most `pairs` image pairs f32[N, 2, H, W, 3] in [0, 1], or uint8, as the network sees them, in columns."""
-  views = np.asarray(views[:pairs])
+def view_pairs(views: np.ndarray, path: str) -> None:
+  """Draws the first PAIRS image pairs f32[N, 2, H, W, 3] in [0, 1], or uint8, as the network sees them, in columns."""
+  views = np.asarray(views[:PAIRS])
   figure, axes = plt.subplots(2, len(views), figsize=(1.1 * len(views), 2.6), squeeze=False)
   for column, pair in enumerate(views):
     for row, image in enumerate(pair):
@@ -31,8 +31,7 @@ def view_pairs(views: np.ndarray, path: str, *, pairs: int = PAIRS) -> None:
       axes[row, column].set(xticks=[], yticks=[])
   axes[0, 0].set_ylabel("view 1")
   axes[1, 0].set_ylabel("view 2")
-  figure.suptitle("Positive pairs: each column is one image, augmented twice")
-  _save(figure, path)
+  _save(figure, path, "Positive pairs: each column is one image, augmented twice")
 
 
 def curves(
@@ -58,20 +57,17 @@ def curves(
     axis.grid(alpha=0.3)
     if axis.lines:
       axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25))
-  figure.suptitle(title)
-  _save(figure, path)
+  _save(figure, path, title)
 
 
-def embedding_map(
-  features: np.ndarray, labels: np.ndarray, names: Sequence[str], path: str, *, title: str, seed: int = 0
-) -> None:
+def embedding_map(features: np.ndarray, labels: np.ndarray, names: Sequence[str], path: str, *, title: str) -> None:
   """Draws a t-SNE map of features f32[N, D], coloured by their labels i32[N]; `names` are those of the classes."""
   x = np.asarray(features, np.float32)
   labels = np.asarray(labels)
   # PCA first: distances in 30 dimensions are less noisy, and t-SNE takes seconds instead of minutes.
-  x = decomposition.PCA(min(30, *x.shape), random_state=seed).fit_transform(x)
+  x = decomposition.PCA(min(30, *x.shape), random_state=0).fit_transform(x)
   perplexity = min(30.0, max(2.0, (len(x) - 1) / 4))
-  flat = manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed, max_iter=750).fit_transform(x)
+  flat = manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=750).fit_transform(x)
   figure, axis = plt.subplots(figsize=(7.5, 6))
   for label in np.unique(labels):
     inside = labels == label
@@ -100,7 +96,7 @@ def heat_maps(
   size = (1.05 * (len(columns) + 2.6) * len(panels), 0.72 * len(rows) + 2.0)
   figure, drawn = plt.subplots(1, len(panels), figsize=size, squeeze=False)
   for axis, (heading, values) in zip(drawn[0], panels.items(), strict=True):
-    table = np.array([[_number(values.get((row, column))) for column in columns] for row in rows])
+    table = np.array([[values.get((row, column)) for column in columns] for row in rows], float)
     averages = [np.mean(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in table]
     # An empty column separates the averages.
     shown = np.column_stack([table, np.full(len(rows), np.nan), averages])
@@ -108,20 +104,17 @@ def heat_maps(
     colors = plt.get_cmap("viridis")
     axis.imshow(shown, cmap=colors, vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
     for (y, x), value in np.ndenumerate(shown):
-      if x == len(columns):
-        continue
-      if np.isnan(value):
+      if not np.isnan(value):
+        light = (value - low) / max(high - low, 1e-6) > 0.6
+        axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="black" if light else "white", fontsize=10)
+      elif x != len(columns):
         axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#d9d9d9", edgecolor="white"))
-        continue
-      light = (value - low) / max(high - low, 1e-6) > 0.6
-      axis.text(x, y, f"{value:.1f}", ha="center", va="center", color="black" if light else "white", fontsize=10)
     axis.set(title=heading, xlabel=axes[1], ylabel=axes[0])
     axis.set_xticks([*range(len(columns)), len(columns) + 1], [*columns, "average"], rotation=35, ha="right")
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-  figure.suptitle(f"{title}: {unit}")
-  _save(figure, path)
+  _save(figure, path, f"{title}: {unit}")
 
 
 def bars(panels: Mapping[str, Mapping[str, float | None]], path: str, *, title: str, unit: str, axis_name: str) -> None:
@@ -132,15 +125,14 @@ def bars(panels: Mapping[str, Mapping[str, float | None]], path: str, *, title: 
   most = max(len(values) for values in panels.values())
   figure, axes = plt.subplots(1, len(panels), figsize=((0.95 * most + 1.5) * len(panels), 4.4), squeeze=False)
   for number, (axis, (heading, values)) in enumerate(zip(axes[0], panels.items(), strict=True)):
-    heights = [_number(value) for value in values.values()]
+    heights = np.array(list(values.values()), float)
     drawn = axis.bar(range(len(values)), np.nan_to_num(heights), color="#999999" if number else COLORS[0], width=0.7)
     axis.bar_label(drawn, [f"{value:.1f}" if not np.isnan(value) else "–" for value in heights], padding=2)
     axis.set(title=heading, xlabel=axis_name, ylabel=unit)
     axis.set_xticks(range(len(values)), [name.replace("_", " ") for name in values], rotation=30, ha="right")
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(title)
-  _save(figure, path)
+  _save(figure, path, title)
 
 
 def lines(
@@ -162,9 +154,9 @@ def lines(
     names, variants = (list(dict.fromkeys(part)) for part in zip(*families, strict=True))
     ticks = {}
     for (name, variant), values in families.items():
-      points = sorted((float(x), _number(y)) for x, y in values.items())
+      points = sorted((float(x), y) for x, y in values.items() if y is not None)
       ticks |= {float(x): x for x in values}
-      x, y = zip(*[point for point in points if not np.isnan(point[1])] or [(np.nan, np.nan)], strict=True)
+      x, y = zip(*points or [(np.nan, np.nan)], strict=True)
       style = {"linestyle": ("-", "--", ":")[variants.index(variant) % 3], "marker": "os^"[variants.index(variant) % 3]}
       axis.plot(x, y, color=COLORS[names.index(name) % len(COLORS)], label=f"{name} {variant}".strip(), **style)
     axis.set(title=heading, xlabel=axis_name, ylabel=unit, xscale="log")
@@ -173,15 +165,12 @@ def lines(
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(title=legend, frameon=False, fontsize=8, ncols=len(variants))
-  figure.suptitle(title)
-  _save(figure, path)
+  _save(figure, path, title)
 
 
-def _number(value) -> float:
-  return np.nan if value is None else float(value)
-
-
-def _save(figure, path: str) -> None:
+def _save(figure, path: str, title: str = "") -> None:
+  if title:
+    figure.suptitle(title)
   target = epath.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   figure.tight_layout()

@@ -104,7 +104,6 @@ def classifier(path: str, mesh: jax.sharding.Mesh) -> Classifier:
   layer = saved.classifier_layer
   head = parts.projection_head() if layer else None
   model = simclr.Classifier(parts.encoder(), parts.linear_head(saved.classes), head, layer)
-  params, batch_stats = state_lib.abstract_variables(model, config.data.image_size, mesh)
-  params, batch_stats = saved.load(params, batch_stats)
+  params, batch_stats = saved.load(*state_lib.abstract_variables(model, config.data.image_size, mesh))
   logits_of = lambda variables, images: model.apply(variables, images, train=False)
   return Classifier(logits_of, {"params": params, "batch_stats": batch_stats}, saved.classes, config)

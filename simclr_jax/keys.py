@@ -5,7 +5,7 @@ one key never leaves another one stale. Sections of papers: v1 is arXiv 2002.057
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from simclr_jax import losses, optim
@@ -57,7 +57,8 @@ def _recipe(optimizer: dict[str, Key], batch_size: int, total_epochs: float) -> 
 
 _PRECISIONS = tuple(encoders.DTYPES)
 
-_TREE = {
+# Every key by its sections.
+TREE: dict[str, Any] = {
   "seed": Key(0, "of parameters, data order and augmentation"),
   "batch_size": Key(512, "images (not views) in a global batch, over all devices"),
   "total_epochs": Key(100.0, "length of pretraining"),
@@ -220,7 +221,7 @@ _TREE = {
   },
   "transfer": {
     # v1 appendix B.8.
-    "datasets": Key("paper", "TFDS names, NAME:TRAIN:VALIDATION:TEST, folder:DIR, or paper: its twelve", is_free=False),
+    "datasets": Key("paper", "TFDS names, NAME:TRAIN:VALIDATION:TEST, folder:DIR, or paper: its twelve"),
     "l2_strengths": Key(45, "number of strengths, evenly spaced in the logarithm"),
     "l2_low": Key(1e-6, "the smallest, on sums over examples as in the paper"),
     "l2_high": Key(1e5, "the largest"),
@@ -236,13 +237,16 @@ _TREE = {
 }
 
 
-def _flat_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Key]]:
-  for name, value in tree.items():
-    if isinstance(value, Key):
-      yield prefix + name, value
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {"a.b": value} of {"a": {"b": value}}."""
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      out.update(flat(value, f"{prefix}{key}."))
     else:
-      yield from _flat_keys(value, f"{prefix}{name}.")
+      out[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return out
 
 
 # Every key by its dotted name, in the order of the help.
-KEYS: dict[str, Key] = dict(_flat_keys(_TREE))
+KEYS: dict[str, Key] = flat(TREE)

@@ -10,11 +10,7 @@ T = TypeVar("T", int, float)
 
 
 def parsed(name: str, text: str, kind: type[T], valid: Callable[[T], bool], wanted: str) -> T:
-  """Returns `text` as an int or float; the message says that the option or key `name` wants what is `wanted`.
-
-  Raises:
-    UserError: the text is no number of this kind, or not a valid one.
-  """
+  """Returns `text` as a valid int or float; else a UserError that the option or key `name` wants what is `wanted`."""
   try:
     value = kind(text)
   except ValueError:

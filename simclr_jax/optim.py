@@ -17,20 +17,17 @@ Schedule = Callable[[Any], jax.Array]
 
 
 def total_steps(examples: int, epochs: float, batch_size: int) -> int:
-  """Returns the number of optimizer steps of a run: that of whole batches (of images, not views), plus one.
-
-  The reference adds the one.
-
-  Raises:
-    UserError: an argument is out of range.
-  """
-  _check_counts(examples, epochs, batch_size)
-  return int(examples * epochs // batch_size) + 1
+  """Returns the optimizer steps of a run: whole batches (of images, not views) plus one, which the reference adds."""
+  return warmup_steps(examples, epochs, batch_size) + 1
 
 
 def warmup_steps(examples: int, warmup_epochs: float, batch_size: int) -> int:
-  """Returns the number of steps of linear warm-up, rounded down; arguments as for `total_steps`."""
-  _check_counts(examples, warmup_epochs, batch_size)
+  """Returns the number of steps of linear warm-up, rounded down; a UserError where an argument is out of range."""
+  if examples < 1 or batch_size < 1 or warmup_epochs < 0:
+    raise errors.UserError(
+      f"got {examples} examples, {warmup_epochs} epochs and batch_size {batch_size}; "
+      "examples and batch_size must be positive, epochs not negative"
+    )
   return int(warmup_epochs * examples // batch_size)
 
 
@@ -39,12 +36,8 @@ def schedule(
 ) -> Schedule:
   """Returns step -> learning rate: linear warm-up from zero, then half a cosine to zero, without restarts.
 
-  Appendix B.1 of Chen et al. 2020. The peak is base * batch_size / 256 (`linear`) or
-  base * sqrt(batch_size) (`sqrt`); the rate of the first step (step 0) is 0. The step may be an int, an array or
-  traced.
-
-  Raises:
-    UserError: the scaling is not one of `SCALINGS`.
+  Appendix B.1 of Chen et al. 2020. The peak is base * batch_size / 256 (`linear`) or base * sqrt(batch_size) (`sqrt`);
+  the rate of the first step (step 0) is 0. The step may be an int, an array or traced.
   """
   if scaling not in SCALINGS:
     raise errors.UserError(
@@ -100,10 +93,6 @@ def adam(
   w = w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps). Kingma and Ba 2015, end of section 2.
   """
 
-  def init(params):
-    zeros = optax.tree.zeros_like(params)
-    return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=zeros, nu=zeros)
-
   def update(grads, state, params=None):
     del params
     count = optax.safe_increment(state.count)
@@ -114,7 +103,8 @@ def adam(
     updates = jax.tree.map(lambda m, v: (correction * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
-  return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+  scaled = optax.GradientTransformation(optax.scale_by_adam().init, update)
+  return optax.chain(scaled, optax.scale_by_learning_rate(learning_rate))
 
 
 def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> jax.Array:
@@ -122,36 +112,31 @@ def weight_decay_loss(params: Any, weight_decay: float, *, optimizer: str) -> ja
 
   With LARS, which decays the other weights itself, the sum is over the kernels of the supervised head; with the
   other optimizers it is over all weights except those of normalisation layers, biases of dense layers included.
-  Leaves are chosen by name.
-
-  Raises:
-    UserError: the optimizer is unknown.
   """
   if optimizer not in OPTIMIZERS:
     hint = errors.nearest(optimizer, OPTIMIZERS)
     raise errors.UserError(f'optimizer "{optimizer}" is unknown; use one of {", ".join(OPTIMIZERS)}{hint}')
-  names = leaf_names(params)
   if optimizer == "lars":
-    chosen = [_in_linear_head(name) and name[-1] == "kernel" for name in names]
+    chosen = [_in_linear_head(name) and name[-1] == "kernel" for name in leaf_names(params)]
   else:
-    chosen = [not normalization for normalization in _in_normalization(names)]
+    chosen = [not normalization for normalization in jax.tree.leaves(normalization_mask(params))]
   leaves = [leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True) if use]
   squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in leaves]
   return jnp.asarray(weight_decay / 2 * sum(squares))
 
 
 def lars_mask(params: Any) -> Any:
-  """Returns a tree of bools, True for the leaves that LARS decays and adapts.
-
-  These are all except `scale`, `bias` and everything under a module whose name contains `linear_head`.
-  """
+  """Returns a tree of bools: False for `scale`, `bias` and modules named like `linear_head`, which LARS spares."""
   adapted = [name[-1] not in ("scale", "bias") and not _in_linear_head(name) for name in leaf_names(params)]
   return jax.tree.unflatten(jax.tree.structure(params), adapted)
 
 
 def normalization_mask(params: Any) -> Any:
   """Returns a tree of bools, True for the leaves of batch and layer norms: a `scale`, or a `bias` beside one."""
-  return jax.tree.unflatten(jax.tree.structure(params), _in_normalization(leaf_names(params)))
+  names = leaf_names(params)
+  scaled = {name[:-1] for name in names if name[-1] == "scale"}
+  mask = [name[-1] in ("scale", "bias") and name[:-1] in scaled for name in names]
+  return jax.tree.unflatten(jax.tree.structure(params), mask)
 
 
 def leaf_names(params: Any) -> list[tuple[str, ...]]:
@@ -164,16 +149,3 @@ def leaf_names(params: Any) -> list[tuple[str, ...]]:
 
 def _in_linear_head(name: tuple[str, ...]) -> bool:
   return any("linear_head" in module for module in name[:-1])
-
-
-def _in_normalization(names: list[tuple[str, ...]]) -> list[bool]:
-  scaled = {name[:-1] for name in names if name[-1] == "scale"}
-  return [name[-1] in ("scale", "bias") and name[:-1] in scaled for name in names]
-
-
-def _check_counts(examples: int, epochs: float, batch_size: int) -> None:
-  if examples < 1 or batch_size < 1 or epochs < 0:
-    raise errors.UserError(
-      f"got {examples} examples, {epochs} epochs and batch_size {batch_size}; "
-      "examples and batch_size must be positive, epochs not negative"
-    )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from simclr_jax import errors
 from simclr_jax.hardware import sharding
@@ -23,9 +24,7 @@ class Features(NamedTuple):
   label: np.ndarray  # i32[N], or i32[N, K] where an image may have several: 1 yes, 0 no, -1 unknown.
 
 
-def of_split(
-  encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Batches, mesh: jax.sharding.Mesh
-) -> Features:
+def of_split(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Batches, mesh: Mesh) -> Features:
   """Returns float32 features and labels of a whole split in the order of `index`, the same on every process.
 
   `encode` is (variables, [B, H, W, 3]) -> [B, D]; the mesh shares each batch.
@@ -45,7 +44,7 @@ def _feature_table(encode, mesh):
 
 
 def table_of(
-  rows_of: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh: jax.sharding.Mesh
+  rows_of: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]], mesh: Mesh
 ) -> Callable[[Any, Batches], dict[str, np.ndarray]]:
   """Returns (variables, batches) -> arrays [N, ...] by name, the outputs of `rows_of` for each example of a split.
 

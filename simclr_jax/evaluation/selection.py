@@ -7,8 +7,8 @@ import dataclasses
 import logging
 from collections.abc import Callable
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from simclr_jax.evaluation import probes
 from simclr_jax.evaluation.features import Features
@@ -56,7 +56,7 @@ def choose_from_grid(
   *,
   classes: int,
   seed: int,  # Of the order of the rows.
-  mesh: jax.sharding.Mesh | None = None,
+  mesh: Mesh | None = None,
 ) -> GridChoice:
   """Returns the cell of a grid that is best on held-back images, and its accuracies on the test split."""
   x, y = train
@@ -73,13 +73,7 @@ def choose_from_grid(
 
 
 def choose_from_path(
-  train: Features,
-  rows: Rows,
-  test: Features,
-  path: probes.L2Path,
-  *,
-  classes: int,
-  mesh: jax.sharding.Mesh | None = None,
+  train: Features, rows: Rows, test: Features, path: probes.L2Path, *, classes: int, mesh: Mesh | None = None
 ) -> PathChoice:
   """Returns the L2 strength that is best on held-back images, and its accuracies on the test split.
 
@@ -121,7 +115,7 @@ def best_regression(
   *,
   score: Callable[[np.ndarray, np.ndarray], float],  # (logits f[M, K], labels) -> float, such as `scores.top1`.
   classes: int,
-  mesh: jax.sharding.Mesh | None = None,
+  mesh: Mesh | None = None,
 ) -> Regression:
   """Returns the logistic regression of the transfer protocol; Chen et al. 2020, appendix B.8."""
 

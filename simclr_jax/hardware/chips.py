@@ -55,11 +55,7 @@ def peak_of(devices: Sequence[jax.Device]) -> float:
 
 
 def named(name: str) -> Chip:
-  """Returns the chip with this name or an unambiguous beginning of it, such as `v5e`, `TPU v3` or `h100`.
-
-  Raises:
-    UserError: no chip or more than one has this name.
-  """
+  """Returns the only chip (else a UserError) whose name begins like this, or is it: `v5e`, `TPU v3`, `h100`."""
   plain = lambda text: text.lower().removeprefix("tpu").replace(" ", "")
   found = [chip for chip in CHIPS.values() if plain(chip.name).startswith(plain(name))] if name else []
   exact = [chip for chip in found if plain(chip.name) == plain(name)]

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ def matrix_flops(function: Callable, *args: Any) -> int:
   multiply-adds. Nothing is computed or compiled. The body of a scan counts once per iteration; rematerialised code
   counts as often as it stands in the jaxpr.
   """
-  return _flops_of(jax.make_jaxpr(function)(*args).jaxpr)
+  return _flops_of(jax.make_jaxpr(function)(*args))
 
 
 def flops_by_module(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], int]:
@@ -56,18 +56,9 @@ def _flops_of(jaxpr) -> int:
       taps = math.prod(shapes[1][axis] for axis in spec[1:])
       total += 2 * math.prod(equation.outvars[0].aval.shape) * taps
     else:
-      times = params["length"] if name == "scan" else 1
-      total += times * sum(_flops_of(inner) for inner in _inner(params))
+      inner = [x for x in jax.tree.leaves(params) if isinstance(x, core.ClosedJaxpr | core.Jaxpr)]
+      total += (params["length"] if name == "scan" else 1) * sum(map(_flops_of, inner))
   return total
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-  for value in params.values():
-    for x in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(x, core.ClosedJaxpr):
-        yield x.jaxpr
-      elif isinstance(x, core.Jaxpr):
-        yield x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +94,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
       if match is None or match["phase"] == "-start":
         continue
       shapes = tuple(f"{kind}[{dims}]" for kind, dims in _SHAPE.findall(match["result"]))
-      size = sum(_size(shape) for shape in shapes) * (devices if match["kind"] == "reduce-scatter" else 1)
+      size = sum(map(_size, shapes)) * (devices if match["kind"] == "reduce-scatter" else 1)
       found.append(Collective(match["kind"], _purpose(line, lines, shapes), runs[name], runs[name] * size, shapes))
   return found
 
@@ -157,10 +148,8 @@ def _purpose(line: str, lines: list[str], shapes: tuple[str, ...]) -> str:
   if "op_name" not in line:
     # Operations that the compiler inserted have no op_name; that of a producer or a consumer serves instead.
     own, *operands = re.findall(r"%[\w.\-]+", line.partition("), ")[0])
-    related = re.compile(
-      "|".join([rf"^\s*(?:ROOT )?{re.escape(x)} =" for x in operands] + [rf"= .*{re.escape(own)}\b"])
-    )
-    line = next((other for other in lines if "op_name" in other and related.search(other)), line)
+    related = "|".join([rf"^\s*(?:ROOT )?{re.escape(x)} =" for x in operands] + [rf"= .*{re.escape(own)}\b"])
+    line = next((other for other in lines if "op_name" in other and re.search(related, other)), line)
   path = re.search(r'op_name="([^"]*)"', line)
   names = path[1].split("/") if path else []
   # The compiler may merge the all-reduce of the loss's scalars with that of the gradients, under the name of either: a

@@ -109,25 +109,22 @@ def contrast(
     UserError: an argument does not fit the kind, z or the mesh.
   """
   _check(kind, z, temperature, 1 if mesh is None else mesh.shape[sharding.AXIS], block_size)
-  loss = KINDS[kind]
-  if loss.needs_labels:
-    _check_labels(kind, z, label)
-  if loss.needs_margin and not margin > 0:
-    raise errors.UserError(f"{kind} got margin {margin}; it must be positive, for example 0.8")
-  if queue is not None:
-    _check_queue(kind, z, queue)
-  z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-  if normalize:
-    z = l2_normalized(z)
+  loss, z = KINDS[kind], z.astype(jnp.promote_types(z.dtype, jnp.float32))
   temperature = jnp.asarray(temperature, z.dtype)
   keywords: dict[str, Any] = {"temperature": temperature}
   if loss.needs_labels:
+    _check_labels(kind, z, label)
     keywords["label"] = jnp.asarray(label)
   if loss.needs_margin:
+    if not margin > 0:
+      raise errors.UserError(f"{kind} got margin {margin}; it must be positive, for example 0.8")
     keywords["margin"] = margin
   if queue is not None:
+    _check_queue(kind, z, queue)
     count = queue.shape[0] if filled is None else filled
     keywords["queue"] = (queue.astype(z.dtype), jnp.asarray(count, jnp.int32))
+  if normalize:
+    z = l2_normalized(z)
   if loss.blockwise:
     return loss.function(z, mesh=mesh, block_size=block_size or blockwise.DEFAULT_BLOCK, **keywords)
   value = loss.function(z, **keywords)

@@ -34,10 +34,7 @@ def convolve(
   """Returns f[N, H', W', O] of images f[N, H, W, I] and a kernel f[h, w, I, O], both of one dtype.
 
   `padding` is (before, after) for height and width, `rest` what Linen's `Conv` gives to `jax.lax.conv_general_dilated`
-  beside.
-
-  Raises:
-    NotImplementedError: dilation, groups, another layout or a precision is asked for.
+  beside; dilation, groups, another layout or a precision is a NotImplementedError.
   """
   supported = {
     "lhs_dilation": (1, 1),
@@ -127,14 +124,10 @@ def _correlation(images, kernel, cotangent, strides, padding):
       kernel.shape[:2], cotangent.shape[1:3], strides, images.shape[1:3], padding, strict=True
     )
   ]
-  gradient = jax.lax.conv_general_dilated(
-    images.transpose(3, 1, 2, 0),
-    cotangent.transpose(1, 2, 0, 3),
-    (1, 1),
-    [(before, end) for (before, _), end in zip(padding, ends, strict=True)],
-    rhs_dilation=strides,
-    dimension_numbers=NUMBERS,
-  )  # [I, h, w, O]
+  images, cotangent = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
+  pads = [(before, end) for (before, _), end in zip(padding, ends, strict=True)]
+  options = {"rhs_dilation": strides, "dimension_numbers": NUMBERS}
+  gradient = jax.lax.conv_general_dilated(images, cotangent, (1, 1), pads, **options)  # [I, h, w, O]
   return gradient.transpose(1, 2, 0, 3)
 
 

@@ -47,12 +47,8 @@ ENCODERS: dict[str, type[nn.Module]] = {"resnet": resnet.ResNet}
 def build(keys: Mapping[str, Any]) -> Encoder:
   """Returns the encoder that the config's `model` section describes.
 
-  Args:
-    keys: `encoder`, a key of `ENCODERS` ("resnet" where absent), and the fields of that class, dtypes by name. Keys
-      of other encoders are ignored.
-
-  Raises:
-    UserError: the encoder is unknown.
+  It has `encoder`, a key of `ENCODERS` ("resnet" where absent), and the fields of that class, dtypes by name; keys of
+  other encoders are ignored.
   """
   name = keys.get("encoder", "resnet")
   if name not in ENCODERS:

@@ -1,7 +1,6 @@
 """Convolution, batch normalisation and dense layers as encoders and heads use them."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +17,7 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
 
 
 # Defined once, since Linen compares modules by their fields.
-def _our_convolution() -> Callable[..., jax.Array]:
-  return convolution.convolve
+_our_convolution = lambda: convolution.convolve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,27 +122,18 @@ class Saved:
     """Returns (params, batch_stats) for the parts asked for, placed as they are placed.
 
     Both are trees of arrays, or of shapes with placements, keyed by part (`encoder`, ...). Parts that are not asked for
-    stay on disk; within a part the names and shapes must be the checkpoint's, no more and no less.
-
-    Raises:
-      UserError: an array is missing, extra or of another shape; names it.
+    stay on disk; within a part an array that is missing, extra or of another shape is a UserError.
     """
     model = self.shapes[MODEL]
     saved = {"params": model.get("params") or {}, "batch_stats": model.get("batch_stats") or {}}
     wanted = {"params": params, "batch_stats": {part: tree for part, tree in batch_stats.items() if tree}}
-    for collection, parts in wanted.items():
-      for part in parts:
-        if part not in saved[collection]:
-          raise errors.UserError(
-            f"checkpoint {self.path} has no {collection}/{part}; it holds {_listed(saved[collection])}."
-          )
+    for collection, found in saved.items():
+      for part in wanted[collection]:
+        if part not in found:
+          raise errors.UserError(f"checkpoint {self.path} has no {collection}/{part}; it holds {_listed(found)}.")
     check(wanted, {c: {p: saved[c][p] for p in wanted[c]} for c in wanted}, str(self.path))
-    abstract = jax.tree.map(_abstract, wanted)
-    left_out = {
-      c: {p: jax.tree.map(lambda _: ocp.PLACEHOLDER, saved[c][p]) for p in saved[c] if p not in wanted[c]}
-      for c in saved
-    }
-    whole = {c: {**left_out[c], **abstract[c]} for c in saved if c in model}
+    left_out = lambda collection: jax.tree.map(lambda _: ocp.PLACEHOLDER, saved[collection])
+    whole = {c: {**left_out(c), **jax.tree.map(_abstract, wanted[c])} for c in saved if c in model}
     loaded = ocp.load_checkpointables(self.path, {MODEL: whole})[MODEL]
     return tuple(
       {part: loaded[c][part] if part in wanted[c] else {} for part in asked}
@@ -155,11 +146,7 @@ class Saved:
 
 
 def open(path: str) -> Saved:
-  """Returns the checkpoint at `path`: a step's folder, or the newest one of a run's workdir or `checkpoints` folder.
-
-  Raises:
-    UserError: there is no checkpoint.
-  """
+  """Returns the checkpoint at `path`: a step's folder, or the newest one of a run's workdir or `checkpoints` folder."""
   root = epath.Path(files.absolute(path))  # Orbax refuses relative paths.
   if not root.exists():
     raise errors.UserError(f"checkpoint {path} does not exist; give a run's workdir or one of its checkpoints.")
@@ -175,37 +162,29 @@ def check(wanted: Any, saved: Any, where: str) -> None:
   """Raises a UserError that names the first array whose shape in `saved`, at the path `where`, is not as wanted."""
   want, have = _named(wanted), _named(saved)
   remedy = "use the config that it was trained with, or another checkpoint"
-  for name in want:
+  for name in want | have:
     if name not in have:
-      raise errors.UserError(f"checkpoint {where} lacks the array {name} {list(want[name])}; {remedy}.")
-    if want[name] != have[name]:
-      raise errors.UserError(
-        f"checkpoint {where}: array {name} is {list(have[name])}, wanted {list(want[name])}; {remedy}."
-      )
-  for name in have:
+      raise errors.UserError(f"checkpoint {where} lacks the array {name} {want[name]}; {remedy}.")
     if name not in want:
-      raise errors.UserError(f"checkpoint {where} has an extra array {name} {list(have[name])}; {remedy}.")
+      raise errors.UserError(f"checkpoint {where} has an extra array {name} {have[name]}; {remedy}.")
+    if want[name] != have[name]:
+      raise errors.UserError(f"checkpoint {where}: array {name} is {have[name]}, wanted {want[name]}; {remedy}.")
 
 
 def _parts(state):
-  training = {"step": state.step, "opt_state": _plain(state.opt_state)}
-  if state.memory is not None:
-    training["memory"] = state.memory
-  return {MODEL: state.variables, TRAINING: training}
-
-
-def _plain(opt_state):
   # Optax's nested named tuples change between its versions; a list of leaves does not.
-  return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(opt_state))}
+  leaves = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
+  memory = {} if state.memory is None else {"memory": state.memory}
+  return {MODEL: state.variables, TRAINING: {"step": state.step, "opt_state": leaves, **memory}}
 
 
 def _abstract(leaf):
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _named(tree) -> dict[str, tuple[int, ...]]:
+def _named(tree) -> dict[str, list[int]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
 
 
 def _listed(tree) -> str:

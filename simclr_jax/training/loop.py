@@ -64,11 +64,8 @@ def train(
   """Returns the state after `run.total_steps` steps and its evaluation; goes on from the newest checkpoint, if any.
 
   The arrays of `state`, which is the one before the first step, are donated. `step_fn` comes from `images.jit`;
-  `constants` are trees of arrays on the devices that every step takes and none changes.
-
-  Raises:
-    UserError: the loss is not finite.
-    Preempted: SIGTERM arrived and the state was saved.
+  `constants` are trees of arrays on the devices that every step takes and none changes. A metric that is not finite is
+  a UserError; after a SIGTERM the state is saved and `Preempted` is raised.
   """
   state, done = run.checkpoints.restore_latest(state)
   if done:
@@ -164,11 +161,7 @@ class _Rows:
       self._pending = begin, end, due, metrics
 
   def flush(self) -> None:
-    """Writes what is noted.
-
-    Raises:
-      UserError: a metric is not finite.
-    """
+    """Writes what is noted; a metric that is not finite is a UserError."""
     if not self._pending:
       return
     (begin, end, due, metrics), self._pending = self._pending, None

@@ -108,15 +108,19 @@ class Contrastive(Objective):
   shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 
   def forward(self, variables: Any, rows: Batch, totals: None, parts: int) -> Output:
-    # One pass over both views: BatchNorm takes its statistics over them together, and over all devices.
-    views = self.prepare(rows)["views"]
-    images = views.reshape(-1, *views.shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
-    (_, z, logits), updates = self.model.apply(variables, images, train=True, mutable=["batch_stats"])
+    z, logits, updates = self._embedded(self.model, variables, rows)
     metrics, loss = {}, 0
     if logits is not None:
       loss, accuracy = losses.cross_entropy(logits, rows["label"].repeat(2))
       metrics = {"supervised_loss": loss, "supervised_acc": accuracy}
-    return Output(z.reshape(-1, 2, z.shape[-1]), loss, metrics, updates.get("batch_stats", {}))
+    return Output(z, loss, metrics, updates.get("batch_stats", {}))
+
+  def _embedded(self, model, variables, rows):
+    # One pass over both views: BatchNorm takes its statistics over them together, and over all devices.
+    views = self.prepare(rows)["views"]
+    images = views.reshape(-1, *views.shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
+    (_, z, logits), updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return z.reshape(-1, 2, z.shape[-1]), logits, updates
 
   def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
     """Returns the scaled contrastive loss of the whole batch; the metric `loss` is the paper's."""
@@ -136,14 +140,8 @@ class Contrastive(Objective):
     if queue is None:
       return None, {}
     # The moving averages of BatchNorm that come out are dropped: these weights never run in inference mode.
-    network = self.model.clone(linear_head=None)
-
-    def embedded(variables, rows):
-      views = self.prepare(rows)["views"]
-      (_, z, _), _ = network.apply(variables, views.reshape(-1, *views.shape[2:]), train=True, mutable=["batch_stats"])
-      return z.reshape(-1, 2, z.shape[-1]).astype(queue["buffer"].dtype)
-
-    z = embed(embedded, queue["params"])
+    network, dtype = self.model.clone(linear_head=None), queue["buffer"].dtype
+    z = embed(lambda variables, rows: self._embedded(network, variables, rows)[0].astype(dtype), queue["params"])
     z = losses.l2_normalized(z) if self.normalize else z
     rows = negatives.filled(queue, before.step, 2 * batch["label"].shape[0])
     filled = {"memory_filled": rows / queue["buffer"].shape[0]}

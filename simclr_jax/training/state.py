@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from simclr_jax.hardware import sharding
 
@@ -30,9 +31,7 @@ class TrainState:
     return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def variables(
-  model: nn.Module, image_size: int, seed: int, mesh: jax.sharding.Mesh, *, sharded: bool = False
-) -> tuple[Any, Any]:
+def variables(model: nn.Module, image_size: int, seed: int, mesh: Mesh, *, sharded: bool = False) -> tuple[Any, Any]:
   """Returns (params, batch_stats) of `model` at initialisation, the same on any number of devices.
 
   The seed is that of `jax.random.key`. Each device holds a copy; with `sharded`, a part of every large parameter.
@@ -42,20 +41,20 @@ def variables(
   return jax.jit(functools.partial(_init, model, image_size), out_shardings=placement)(jax.random.key(seed))
 
 
-def abstract_variables(
-  model: nn.Module, image_size: int, mesh: jax.sharding.Mesh, *, sharded: bool = False
-) -> tuple[Any, Any]:
+def abstract_variables(model: nn.Module, image_size: int, mesh: Mesh, *, sharded: bool = False) -> tuple[Any, Any]:
   """Returns shapes, dtypes and placements of (params, batch_stats); computes nothing. Arguments as `variables`."""
   params, batch_stats = jax.eval_shape(functools.partial(_init, model, image_size), jax.random.key(0))
-  replicated = sharding.replicated(mesh)
-  placed = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
-  at = sharding.split_arrays(params, mesh) if sharded else jax.tree.map(lambda _: replicated, params)
-  return jax.tree.map(placed, params, at), jax.tree.map(lambda x: placed(x, replicated), batch_stats)
+  return _placed(params, mesh, sharded), _placed(batch_stats, mesh, False)
 
 
 def _init(model, image_size, key):
   tree = model.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.float32), train=False)
   return tree["params"], tree.get("batch_stats", {})
+
+
+def _placed(tree, mesh, sharded):
+  at = sharding.split_arrays(tree, mesh) if sharded else jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+  return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
 
 
 def create(
@@ -66,30 +65,23 @@ def create(
 ) -> TrainState:
   """Returns the state before the first step; the optimizer's arrays are placed as the parameters are."""
   leaves = jax.tree.leaves(params)
-  mesh = leaves[0].sharding.mesh
-  replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, trained(params))
-  is_sharded = any(not leaf.sharding.is_fully_replicated for leaf in leaves)
-  placement = sharding.split_arrays(opt_state, mesh) if is_sharded else replicated
-  return TrainState(
-    step=jax.device_put(np.zeros((), np.int32), replicated),
-    params=params,
-    batch_stats=batch_stats,
-    opt_state=jax.jit(tx.init, out_shardings=placement)(trained(params)),
-  )
+  mesh, is_sharded = leaves[0].sharding.mesh, any(not leaf.sharding.is_fully_replicated for leaf in leaves)
+  opt_state = _placed(jax.eval_shape(tx.init, trained(params)), mesh, is_sharded)
+  placement = jax.tree.map(lambda x: x.sharding, opt_state)
+  step = jax.device_put(np.zeros((), np.int32), sharding.replicated(mesh))
+  return TrainState(step, params, batch_stats, jax.jit(tx.init, out_shardings=placement)(trained(params)))
 
 
 def abstract(
-  model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, sharded: bool
+  model: nn.Module, image_size: int, tx: optax.GradientTransformation, mesh: Mesh, *, sharded: bool
 ) -> TrainState:
   """Returns shapes, dtypes and placements of the state before the first step, for an optimizer of all parameters.
 
   Computes nothing; the devices may be described ones that this machine does not have. Arguments as `variables`.
   """
   params, batch_stats = abstract_variables(model, image_size, mesh, sharded=sharded)
-  replicated, opt_state = sharding.replicated(mesh), jax.eval_shape(tx.init, params)
-  at = sharding.split_arrays(opt_state, mesh) if sharded else jax.tree.map(lambda _: replicated, opt_state)
-  opt_state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), opt_state, at)
-  return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, batch_stats, opt_state)
+  step = _placed(jax.ShapeDtypeStruct((), jnp.int32), mesh, False)
+  return TrainState(step, params, batch_stats, _placed(jax.eval_shape(tx.init, params), mesh, sharded))
 
 
 def count(tree: Any) -> int:

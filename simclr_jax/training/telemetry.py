@@ -147,7 +147,8 @@ class Telemetry:
     self._rows.flush()
     if self._tensorboard:
       self._tensorboard.write_scalars(step, metrics)
-    shown = {label: _shown(name, metrics[name]) for name, label in self._shown.items() if name in metrics}
+    text = lambda name, value: f"{value:.0%}" if name.endswith(("_share", "/mfu")) else f"{value:.3g}"
+    shown = {label: text(name, metrics[name]) for name, label in self._shown.items() if name in metrics}
     if shown:
       self._bar.set_postfix(shown)
 
@@ -172,12 +173,6 @@ def write_result(workdir: str, result: Mapping[str, Any]) -> epath.Path:
   return path
 
 
-def _shown(name: str, value: float) -> str:
-  return f"{value:.0%}" if name.endswith(("_share", "/mfu")) else f"{value:.3g}"
-
-
 def _complete_lines(path: epath.Path) -> list[str]:
   # A killed run may leave half a line at the end.
-  if not path.exists():
-    return []
-  return [line for line in path.read_text().split("\n")[:-1] if line]
+  return [line for line in path.read_text().split("\n")[:-1] if line] if path.exists() else []
