@@ -77,11 +77,7 @@ class Arrays(source_lib.Source):
 
 
 def open(request: source_lib.Request) -> Arrays:
-  """Returns the split `request.split` of the .npz file `request.data_dir`.
-
-  Raises:
-    UserError: there is no such file, or see `from_mapping`.
-  """
+  """Returns the split `request.split` of the .npz file `request.data_dir`; raises what `from_mapping` does."""
   with _npz(request.data_dir) as file:
     return from_mapping(file, request.split, name=os.path.basename(request.data_dir))
 
@@ -97,9 +93,7 @@ def from_mapping(arrays: Mapping[str, np.ndarray], split: str, *, name: str = "a
 
   The arrays of a split S are either `S_images` u8[N, H, W, 3], or `S_bytes` u8[...] and `S_offsets` int[N + 1], where
   bytes[offsets[i] : offsets[i + 1]] is the encoded image i; `S_labels` int[N] and `class_names` are optional.
-
-  Raises:
-    UserError: there is no such split, or its arrays have another form.
+  A split that is not there, or has arrays of another form, is a UserError.
   """
   splits = _splits_in(arrays)
   if split not in splits:

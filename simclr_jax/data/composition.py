@@ -35,8 +35,7 @@ LEAST_CODES = 2
 def codes(text: str) -> np.ndarray:
   """Returns the codes i32[K] of the operations in a text such as "crop,color", in order, padded to LEAST_CODES.
 
-  Raises:
-    UserError: an operation is unknown.
+  An unknown operation is a UserError.
   """
   names = [name.strip() for name in text.split(",")]
   for name in names:

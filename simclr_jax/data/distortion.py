@@ -22,8 +22,7 @@ EVALUATION_SHARE = 0.875  # side of the evaluation's centre crop as a share of t
 class Distortion:
   """The parameters of a random view: crop, flip, colour jitter, grayscale and blur (Chen et al. 2020, appendix A).
 
-  Raises:
-    UserError: `color_strength`, `brightness` or `resize` is not possible.
+  A `color_strength`, `brightness` or `resize` that is not possible is a UserError.
   """
 
   size: int  # height and width of the view in pixels

@@ -20,8 +20,7 @@ log = logging.getLogger("simclr_jax")
 def open(request: source_lib.Request) -> stored.Stored:
   """Returns one split of the images under `request.data_dir`, after decoding each once to see whether it can be read.
 
-  Raises:
-    UserError: there is no such folder or split, or more than `request.max_bad_share` of the images are unreadable.
+  No such folder or split, or more than `request.max_bad_share` of unreadable images, is a UserError.
   """
   root, split = request.data_dir, request.split
   files = _image_files(root)

@@ -36,10 +36,7 @@ def train_batches(
 
   Yields:
     what `transform` returns, stacked, and i32[n] each: `label` (-1 without one), `index`, the position in the split,
-    and `epoch`.
-
-  Raises:
-    UserError: the numbers of `order`, the hosts and the examples do not fit each other.
+    and `epoch`. Numbers of shards, hosts and examples that do not fit each other are a UserError.
   """
   order.check(source, process.count)
   source = source.stored()
@@ -75,13 +72,10 @@ def evaluation_batches(
 
   Every host has a consecutive slice of the split and gives the same number of batches, of batch_size / process.count
   rows each. The last ones are padded with rows of mask 0, label -1 and index -1. The seeds of the transform are those
-  of epoch 0.
+  of epoch 0. A batch that does not split over the hosts is a UserError.
 
   Yields:
     what `transform` returns, stacked, and `label`, `index`, `epoch` i32[n], `mask` f32[n].
-
-  Raises:
-    UserError: the batch does not split over the hosts.
   """
   order_lib.check_evaluation(batch_size, process.count)
   source = source.stored()

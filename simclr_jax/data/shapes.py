@@ -88,10 +88,7 @@ def draw(split: str, count: int, size: int, seed: int) -> tuple[np.ndarray, np.n
   class once. An image shows several copies of its shape, each with its own colour, texture, scale, place and rotation,
   so that two crops share the shape and little else. Everything else has the same distribution for all classes: the mean
   area of a shape, the luma of shapes and grounds, and, because the grid of copies is shifted at random across periodic
-  edges, the distribution of every pixel.
-
-  Raises:
-    UserError: there is no such split, or a number is too small.
+  edges, the distribution of every pixel. No such split, or a number that is too small, is a UserError.
   """
   if split not in SPLITS:
     raise errors.UserError(

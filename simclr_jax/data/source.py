@@ -91,8 +91,7 @@ class Source(abc.ABC):
   def decoded(self) -> arrays.Arrays:
     """Returns the split in memory with its images decoded, u8[N, H, W, 3].
 
-    Raises:
-      UserError: the images differ in size, one cannot be decoded, or there is none.
+    Images of different sizes, one that cannot be decoded, or a split without images is a UserError.
     """
 
   @abc.abstractmethod

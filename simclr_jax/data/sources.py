@@ -14,11 +14,7 @@ WITHOUT_TENSORFLOW = ("arrays", "shapes")
 
 
 def load(kind: str, request: source_lib.Request) -> source_lib.Source:
-  """Returns one split of a source.
-
-  Raises:
-    UserError: the kind is not one of SOURCES, needs TensorFlow where that is not installed, or has no such data.
-  """
+  """Returns one split; a UserError for a kind not in SOURCES or without its TensorFlow, and for data not there."""
   return _module(kind).open(request)
 
 

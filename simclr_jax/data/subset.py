@@ -26,10 +26,7 @@ def listed(names: Sequence[str], path: str) -> np.ndarray:
   """Returns the sorted row numbers i64[n] of the images that a file lists, one name a line.
 
   `names` are those of all images of the split. Folders are ignored, there and in the file: "n01440764_10026.JPEG" is
-  compared.
-
-  Raises:
-    UserError: there is no such file, or it lists an image that the split does not have.
+  compared. A file that is not there, or lists an image that the split does not have, is a UserError.
   """
   if not os.path.isfile(path):
     raise errors.UserError(f'no file "{path}" for config.labels.ids; give a list of image names, one a line.')

@@ -13,9 +13,7 @@ def open(request: source_lib.Request) -> stored.Stored:
 
   The data set needs the feature `image`, and has labels where it has a class feature `label` (or, if
   `request.multi_label`, `labels`). Classes of `labels` that VOC's `labels_no_difficult` leaves out count as unknown.
-
-  Raises:
-    UserError: there is no such data set or split, or it is stored in a form that is not read here.
+  A data set or split that is not there, or is stored in a form that is not read here, is a UserError.
   """
   builder = _builder(request.name, request.data_dir)
   where = f"{builder.info.full_name} in {builder.data_dir}"

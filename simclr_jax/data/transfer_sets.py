@@ -50,10 +50,7 @@ def chosen(text: str, data_dir: str) -> list[Task]:
   """Returns the data sets in the text of `config.transfer.datasets`, each once.
 
   With commas between: paper | a name in TWELVE | a TFDS name | NAME:TRAIN:VALIDATION:TEST | folder:DIR. The folders of
-  TWELVE are in `data_dir`.
-
-  Raises:
-    UserError: a name cannot be read, or two data sets would write to the same folder.
+  TWELVE are in `data_dir`. A name that cannot be read, or two data sets with one folder of results, is a UserError.
   """
   tasks = []
   for word in (word.strip() for word in text.split(",")):
@@ -79,8 +76,7 @@ def optional(text: str) -> set[str]:
 def splits_of(task: Task, names: tuple[str, ...]) -> tuple[str, str, str]:
   """Returns (train, validation or "", test), given the names of the splits that a data set has.
 
-  Raises:
-    UserError: `task` names no splits, and the data set has no train and test.
+  A task without splits, of a data set without train and test, is a UserError.
   """
   if task.splits:
     train, validation, test = task.splits
