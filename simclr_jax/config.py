@@ -13,6 +13,7 @@ import ml_collections
 from etils import epath
 
 from simclr_jax import errors, files
+from simclr_jax.data import transfer_sets
 from simclr_jax.keys import KEYS, TREE, Value, flat
 from simclr_jax.version import __version__
 
@@ -49,6 +50,7 @@ def load(name_or_path: str = "", overrides: Mapping[str, Any] | None = None) -> 
     value = get_key(config, name)
     if key.is_path and names_run(value):
       set_key(config, name, files.absolute(value))
+  config.transfer.datasets = transfer_sets.absolute(config.transfer.datasets)
   check(config)
   return config
 

@@ -65,6 +65,7 @@ def _marked(request, monkeypatch):
   jax.config.update("jax_disable_most_optimizations", not optimized)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_enable_x64", False)  # A job in float64 has turned it on.
   VISIBLE["devices"] = 1
 
 

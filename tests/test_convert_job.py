@@ -24,8 +24,7 @@ from simclr_jax.released import files as reference_files
 from simclr_jax.released import names as reference
 from simclr_jax.training import checkpoint
 
-# 0.062 has the fewest digits of the widths that give these channels, so that conversions take it.
-SMALL = dict(depth=10, width=0.062, small_images=True)
+SMALL = dict(depth=10, width=0.0625, small_images=True)
 
 
 def variables_of(*, layers=3, classes=10, linear=False, out_dim=16, **encoder):
@@ -229,7 +228,7 @@ def test_a_shape_that_no_network_has_is_named(tiny):
   name = "base_model/conv2d_5/kernel"
   shapes[name] = (*shapes[name][:2], 7, shapes[name][3])
   found = architecture.of(shapes)
-  with pytest.raises(errors.UserError, match=f'"{name}" has shape .* in ResNet-10, width 0.062'):
+  with pytest.raises(errors.UserError, match=f'"{name}" has shape .* in ResNet-10, width 0.0625'):
     convert.check(convert.config_of(found, 0), found, 0, shapes)
 
 
@@ -402,7 +401,7 @@ def test_the_report_says_what_was_found(tmp_path, tiny, capsys):
   encoder = sum(v.size for n, v in tiny.items() if n.startswith("base_model/") and "moving_" not in n)
   slots = sum("moving_" not in name for name in tiny)
   for part in (
-    f"ResNet-10, width 0.062, stem for small images: {encoder:,} parameters; 32 pixels",
+    f"ResNet-10, width 0.0625, stem for small images: {encoder:,} parameters; 32 pixels",
     "3 layers to 16",
     "10 classes, reads layer 1 of the projection head",
     f"{slots} optimizer slots, 1 step counters",
@@ -424,4 +423,4 @@ def test_every_job_reads_what_was_converted(tmp_path):
   }
   for name, options in jobs.items():
     key = "distill.teacher" if name == "distill" else "checkpoint"
-    job(name, tmp_path / name, f"--config.{key}={workdir}", "--config.model.width=0.062", *options)
+    job(name, tmp_path / name, f"--config.{key}={workdir}", *options)

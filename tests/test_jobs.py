@@ -6,13 +6,14 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TINY, arrays, finish, job, start, training_rows
+from runs import ROOT, TINY, arrays, job, start, training_rows
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -22,7 +23,7 @@ from simclr_jax.training import checkpoint, telemetry
 
 OLD = pathlib.Path(__file__).parent / "old" / "0.1.0"
 
-# Of a view in TINY's network, by hand; and FLOPs of a pair, with the similarities of 32 views, three times in training.
+# TINY's network, for one view, by hand; FLOPs of a pair, with the similarities of 32 views, three times in training.
 MULTIPLY_ADDS = 279_104
 FLOPS_OF_A_PAIR = 3 * (2 * 2 * MULTIPLY_ADDS + 2 * 32**2 * 8 / 16)
 
@@ -226,7 +227,7 @@ def test_a_flat_folder_pretrains_and_a_corrupt_image_is_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
+def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path, monkeypatch):
   settings = [
     "--config.total_steps=60",
     "--config.checkpoint_every_steps=10",
@@ -234,25 +235,24 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path):
     "--config.evaluate_every_epochs=0",
     "--config.data.steps_per_dispatch=2",
   ]
-  whole, broken = tmp_path / "whole", tmp_path / "broken"
-  assert finish(start(whole, *settings, optimized=False)) == 0
+  whole, broken = job("pretrain", tmp_path / "whole", *settings), tmp_path / "broken"
 
-  killed = start(broken, *settings, optimized=False)
+  killed = start(broken, *settings)
   wait_for_step(killed, broken, 12)
   killed.kill()
   killed.communicate()
   reached = max(training_rows(broken))
   assert 12 <= reached < 60
 
-  terminated = start(broken, *settings, optimized=False)
-  wait_for_step(terminated, broken, reached + 6)
-  terminated.send_signal(signal.SIGTERM)
-  assert finish(terminated) == 143
+  write = telemetry.Telemetry.write
+  with monkeypatch.context() as patched:
+    patched.setattr(telemetry.Telemetry, "write", lambda *row: (write(*row), terminate_at(reached + 6, row[1])))
+    assert command.main(["pretrain", *TINY, f"--workdir={broken}", *settings]) == 143
   stopped = max(training_rows(broken))
   assert reached < stopped < 60
   assert checkpoint.open(str(broken)).path.name == str(stopped)
 
-  assert finish(start(broken, *settings, optimized=False)) == 0
+  job("pretrain", broken, *settings)
   assert training_rows(broken) == training_rows(whole)
   for step in range(10, 61, 10):
     ours, theirs = (arrays(folder / "checkpoints" / str(step)) for folder in (broken, whole))
@@ -269,18 +269,32 @@ def wait_for_step(process, workdir, step):
     time.sleep(0.05)
 
 
+def terminate_at(step, done):
+  if done == step:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.slow
+@pytest.mark.devices(8)
 def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
   # In float64 what differs between the two can only be rounding, so the batches were the same.
   settings = ["--config.total_steps=3", "--config.model.dtype=float64", "--config.model.param_dtype=float64"]
   settings += ["--config.data.resident=false"]  # So that each process reads its part.
-  assert finish(start(tmp_path / "one", *settings, devices=8, optimized=False)) == 0
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  together = [f"--coordinator=localhost:{port}", "--processes=2"]
-  pair = [start(tmp_path / "two", *settings, *together, f"--process={i}", devices=4, optimized=False) for i in (0, 1)]
-  assert [finish(process) for process in pair] == [0, 0]
+  job("pretrain", tmp_path / "one", *settings)
+  together = [
+    ROOT / "launch" / "local.sh",
+    "--processes=2",
+    "--cpu_devices=4",
+    "--",
+    sys.executable,
+    "-m",
+    "simclr_jax",
+  ]
+  together += ["pretrain", *TINY, "--workdir=two", *settings]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(together, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0, done.stderr
+  assert "Traceback" not in done.stderr + (tmp_path / "two" / "logs" / "process-1.log").read_text()
 
   one, two = training_rows(tmp_path / "one"), training_rows(tmp_path / "two")
   assert one.keys() == two.keys() == {1, 2, 3}

@@ -42,7 +42,7 @@ def drawn(*, ties, train=413, test=90, classes=9):
     # Entries of +1 and -1 in 16 dimensions: the norm is exactly 4 and every similarity an exact multiple of 1/8.
     x = [rng.choice([-1.0, 1.0], (size, 16)) for size in sizes]
   else:
-    # Of very different norms, which must not matter.
+    # Their norms are very different, which must not matter.
     x = [rng.standard_normal((size, 16)) * rng.uniform(0.1, 10, (size, 1)) for size in sizes]
   # The class of the nearest of some random directions, or any class.
   directions = rng.standard_normal((16, classes))

@@ -123,8 +123,9 @@ def test_weights_made_from_names_are_those_of_the_fixtures(reference, name):
   np.testing.assert_array_equal(actual, arrays["variable_crc32"])
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", ["resnet_r18_32", "resnet_r50_sk_64"])
 def test_in_float32_outputs_differ_by_no_more_than_rounding(reference, name):
   arrays = reference(name)
   _, variables = converted(arrays, np.float32)
@@ -165,16 +166,10 @@ SK = {"sk_ratio": 0.0625}
     (dict(depth=50, small_images=True), 23_500_352),
     (dict(depth=50, se_ratio=0.25), 26_039_024),
     (dict(depth=101), 42_500_160),
-    (dict(depth=101, **SK), 64_662_304),
     (dict(depth=101, width=2), 169_771_136),
-    (dict(depth=101, width=2, **SK), 257_132_224),
     (dict(depth=152), 58_143_808),
-    (dict(depth=152, **SK), 88_940_896),
-    (dict(depth=152, width=2), 232_253_568),
-    (dict(depth=152, width=2, **SK), 353_398_528),
     (dict(depth=152, width=3, **SK), 794_704_160),
     (dict(depth=200), 62_624_832),
-    (dict(depth=200, **SK), 95_982_944),
   ],
 )
 def test_an_encoder_has_the_published_number_of_parameters(encoder, parameters):

@@ -46,6 +46,12 @@ def test_load_encoder_takes_a_relative_path(home, monkeypatch):
   assert encode(np.zeros((1, 16, 16, 3), np.uint8)).shape[0] == 1
 
 
+def test_folders_to_transfer_to_are_relative_to_where_they_are_typed(home):
+  (home / "runs" / "pics").mkdir()
+  config = simclr_jax.load_config("cifar10", **{"transfer.datasets": "dtd, folder:runs/pics,folder:~/x"})
+  assert config.transfer.datasets == f"dtd,folder:{home}/runs/pics,folder:{files.absolute('~/x')}"
+
+
 def test_urls_stay_and_the_home_folder_is_expanded(monkeypatch):
   monkeypatch.setenv("HOME", "/home/somebody")
   assert files.absolute("gs://bucket/run") == "gs://bucket/run"

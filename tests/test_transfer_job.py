@@ -190,7 +190,7 @@ def test_real_images_of_parts_of_splits(tfds_dir, tmp_path, quick):
   ((key, row),) = json.loads((tmp_path / "result.json").read_text())["datasets"].items()
   assert key == "cifar10_train_300_train_300_400_test_100"
   assert row["examples"] == {"train": 300, "validation": 100, "test": 100}
-  # Of ten classes; raw colours alone give a fifth.
+  # There are ten classes; raw colours alone give a fifth.
   assert 0.1 < row["value"] < 0.5
 
 

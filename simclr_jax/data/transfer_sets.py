@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-from simclr_jax import errors
+from simclr_jax import errors, files
 
 PAPER = "paper"  # stands for TWELVE
 FOLDER = "folder:"
@@ -64,6 +64,13 @@ def chosen(text: str, data_dir: str) -> list[Task]:
         "give each a --workdir of its own."
       )
   return tasks
+
+
+def absolute(text: str) -> str:
+  """Returns the text of `config.transfer.datasets` with every folder:DIR made independent of the current folder."""
+  words = [word.strip() for word in text.split(",")]
+  full = lambda word: FOLDER + files.absolute(word.removeprefix(FOLDER)) if word.startswith(FOLDER) else word
+  return ",".join(map(full, words))
 
 
 def optional(text: str) -> set[str]:

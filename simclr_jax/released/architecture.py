@@ -77,7 +77,8 @@ def _width(filters: list[int]) -> float:
   low = max((count - 0.5) / base for count, base in zip(filters, bases, strict=True))
   high = min((count + 0.5) / base for count, base in zip(filters, bases, strict=True))
   fits = lambda width: all(resnet.channels(b, width) == f for b, f in zip(bases, filters, strict=True))
-  return _simplest(f"channels {filters} are those of no width", low, high, fits)
+  sixteenths = (number / 16 for number in range(1, 129))
+  return _simplest(f"channels {filters} are those of no width", low, high, fits, sixteenths)
 
 
 def _ratio(what: str, filters: list[int], reduced: list[int], least: int, preferred: Iterable[float] = ()) -> float:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import time
 
-# A shell that starts pytest in the background makes it ignore SIGINT, and what it starts could not even trap it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts pytest in the background makes it ignore SIGINT, and nohup SIGHUP; what it starts could not even
+# trap them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+  if signal.getsignal(number) is signal.SIG_IGN:
+    signal.signal(number, handler)
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
