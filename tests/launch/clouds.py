@@ -2,15 +2,8 @@
 
 import os
 import pathlib
-import signal
 import subprocess
 import time
-
-# A shell that starts pytest in the background makes it ignore SIGINT, and nohup SIGHUP; what it starts could not even
-# trap them.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-  if signal.getsignal(number) is signal.SIG_IGN:
-    signal.signal(number, handler)
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -107,7 +100,7 @@ def wait_until(condition) -> None:
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
   """Waits for the process and returns (exit code, output, errors)."""
-  out, err = process.communicate(timeout=600)
+  out, err = process.communicate(timeout=120)
   return process.returncode, out, err
 
 
