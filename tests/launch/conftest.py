@@ -10,8 +10,8 @@ import pytest
 def _listen_to_signals():
   """Ends that this process ignores SIGINT and SIGHUP: what it starts could not even trap them.
 
-  A shell makes what it starts in the background ignore SIGINT, nohup SIGHUP, and libtpu, once JAX has looked for TPUs in
-  this process, SIGHUP without Python's knowledge.
+  A shell makes what it starts in the background ignore SIGINT, nohup SIGHUP, and libtpu, once JAX has looked for TPUs
+  in this process, SIGHUP without Python's knowledge.
   """
   signal.signal(signal.SIGINT, signal.default_int_handler)
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
