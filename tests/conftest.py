@@ -12,7 +12,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # LLVM's optimisations take most of the time of a test that compiles, and XLA's emitters of fusions over half of the
 # rest. Tests of what they do ask for both by the marker `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+# To divide a program among compiling threads costs more than it gains where two workers keep two cores busy.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import gc
 import resource
@@ -48,9 +51,10 @@ def _show_devices() -> None:
 _show_devices()
 
 
-def _with_emitters(options):
-  """Returns a compilation's options with those emitters that XLA_FLAGS leaves out above."""
-  options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", True)]
+def _as_usual(options):
+  """Returns a compilation's options with what XLA_FLAGS leaves out above."""
+  usual = [("xla_cpu_use_fusion_emitters", True), ("xla_cpu_parallel_codegen_split_count", 32)]
+  options.env_option_overrides = [*options.env_option_overrides, *usual]
   return options
 
 
@@ -61,7 +65,7 @@ def _marked(request, monkeypatch):
   VISIBLE["devices"] = devices.args[0] if devices else 1
   if optimized := request.node.get_closest_marker("optimized") is not None:
     options_of = compiler.get_compile_options
-    monkeypatch.setattr(compiler, "get_compile_options", lambda *a, **k: _with_emitters(options_of(*a, **k)))
+    monkeypatch.setattr(compiler, "get_compile_options", lambda *a, **k: _as_usual(options_of(*a, **k)))
   jax.config.update("jax_disable_most_optimizations", not optimized)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
@@ -78,9 +82,13 @@ def _memory():
 
 
 def pytest_collection_finish():
-  """Leaves out of garbage collection what was imported: half a million objects, visited again and again otherwise."""
+  """Leaves what was imported, half a million objects, out of garbage collection, and collects less often.
+
+  To trace a program allocates so much that collections take a twelfth of the time.
+  """
   gc.collect()
   gc.freeze()
+  gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture
