@@ -229,7 +229,7 @@ def test_a_flat_folder_pretrains_and_a_corrupt_image_is_named(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path, monkeypatch):
   settings = [
-    "--config.total_steps=60",
+    "--config.total_steps=40",
     "--config.checkpoint_every_steps=10",
     "--config.keep_checkpoints=99",
     "--config.evaluate_every_epochs=0",
@@ -242,7 +242,7 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path, monkeypatc
   killed.kill()
   killed.communicate()
   reached = max(training_rows(broken))
-  assert 12 <= reached < 60
+  assert 12 <= reached < 34
 
   write = telemetry.Telemetry.write
   with monkeypatch.context() as patched:
@@ -251,12 +251,12 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path, monkeypatc
       job("pretrain", broken, *settings)
     assert terminated.value.code == 143
   stopped = max(training_rows(broken))
-  assert reached < stopped < 60
+  assert reached < stopped < 40
   assert checkpoint.open(str(broken)).path.name == str(stopped)
 
   job("pretrain", broken, *settings)
   assert training_rows(broken) == training_rows(whole)
-  for step in range(10, 61, 10):
+  for step in (20, 30, 40):
     ours, theirs = (arrays(folder / "checkpoints" / str(step)) for folder in (broken, whole))
     assert ours.keys() == theirs.keys()
     for name in ours:

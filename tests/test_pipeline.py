@@ -251,10 +251,11 @@ def test_views_of_real_images_do_not_depend_on_hosts_or_on_a_restart(tfds_dir):
     rows = pipeline.train_batches(source, views, order, start_step=start_step, process=Process(host, count))
     return list(itertools.islice(rows, steps))
 
-  for cache in (False, True):
-    request = Request("train[10:60]", name="imagenet2012", data_dir=tfds_dir, cache=cache)
-    source = sources.load("tfds", request)
-    whole = batches(source, 4)
-    assert whole[0]["views"].shape == (8, 2, 48, 48, 3)
-    assert_same(joined([batches(source, 4, host, 2) for host in range(2)]), whole)
-    assert_same(batches(source, 2, start_step=2), whole[2:])
+  stored, cached = (
+    sources.load("tfds", Request("train[10:60]", name="imagenet2012", data_dir=tfds_dir, cache=cache))
+    for cache in (False, True)
+  )
+  whole = batches(stored, 4)
+  assert whole[0]["views"].shape == (8, 2, 48, 48, 3)
+  assert_same(joined([batches(stored, 4, host, 2) for host in range(2)]), whole)
+  assert_same(batches(cached, 2, start_step=2), whole[2:])

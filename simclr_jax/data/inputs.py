@@ -86,14 +86,18 @@ class Resident:
     compiled again where an evaluation or a checkpoint comes between.
     """
 
+    # Jitted, so that the step is traced once for the shapes of its metrics and for the body of the loop.
+    @jax.jit
+    def one(state, dataset, *constants):
+      return step_fn(state, self.batch_of(dataset, state.step), *constants)
+
     def steps(state, dataset, count, *constants):
-      one = lambda state: step_fn(state, self.batch_of(dataset, state.step), *constants)
-      _, metrics = jax.eval_shape(one, state)
+      _, metrics = jax.eval_shape(one, state, dataset, *constants)
       rows = jax.tree.map(lambda x: jnp.zeros((self.steps_per_dispatch, *x.shape), x.dtype), metrics)
 
       def body(number, carry):
         state, rows = carry
-        state, metrics = one(state)
+        state, metrics = one(state, dataset, *constants)
         return state, jax.tree.map(lambda row, x: row.at[number].set(x), rows, metrics)
 
       return jax.lax.fori_loop(0, count, body, (state, rows))
