@@ -1,25 +1,10 @@
 """One virtual CPU device and quick compilation for every test that asks for nothing else; fixtures; the real data."""
 
-import os
-import pathlib
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# Many tests compile the same small networks, in many processes. The folder is git-ignored; child processes and later
-# runs of the suite find it too.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{pathlib.Path(__file__).parents[1]}/.pytest_cache/compiled")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-# LLVM's optimisations take most of the time of a test that compiles, and XLA's emitters of fusions over half of the
-# rest. Tests of what they do ask for both by the marker `optimized`.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-# To divide a program among compiling threads costs more than it gains where two workers keep two cores busy.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-
 import gc
+import pathlib
 import resource
 
+import compilation  # Sets what JAX reads when it is imported.
 import jax
 import numpy as np
 import pytest
@@ -51,13 +36,6 @@ def _show_devices() -> None:
 _show_devices()
 
 
-def _as_usual(options):
-  """Returns a compilation's options with what XLA_FLAGS leaves out above."""
-  usual = [("xla_cpu_use_fusion_emitters", True), ("xla_cpu_parallel_codegen_split_count", 32)]
-  options.env_option_overrides = [*options.env_option_overrides, *usual]
-  return options
-
-
 @pytest.fixture(autouse=True)
 def _marked(request, monkeypatch):
   """Gives a test the devices and the compiler that its markers `devices(n)` and `optimized` ask for."""
@@ -65,7 +43,7 @@ def _marked(request, monkeypatch):
   VISIBLE["devices"] = devices.args[0] if devices else 1
   if optimized := request.node.get_closest_marker("optimized") is not None:
     options_of = compiler.get_compile_options
-    monkeypatch.setattr(compiler, "get_compile_options", lambda *a, **k: _as_usual(options_of(*a, **k)))
+    monkeypatch.setattr(compiler, "get_compile_options", lambda *a, **k: compilation.as_usual(options_of(*a, **k)))
   jax.config.update("jax_disable_most_optimizations", not optimized)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
