@@ -28,6 +28,10 @@ from simclr_jax.training import state as state_lib
 RECIPES = ("linear_eval", "finetune", "distill")
 
 
+# Labels that are read of a split that is streamed, to see whether it has any.
+LOOKED_AT = 1024
+
+
 class Optimizer(NamedTuple):
   """An optimizer, its schedule (step -> learning rate) and the steps of the run."""
 
@@ -100,19 +104,27 @@ class Experiment:
       raise errors.UserError(
         f"{self.job} counts on held-out images; set --config.data.eval_split, for example to test."
       )
-    return self.images_of(self.config.data.eval_split)
+    images = self.images_of(self.config.data.eval_split)
+    # Images without a label cannot be counted on.
+    return self._of_rows(images, _with_labels(images, np.arange(images.num_examples)))
 
   @functools.cached_property
   def labelled(self) -> source.Source:
-    """The part of the training split whose labels `config.labels` gives away."""
+    """The part of the training split that has labels, and whose labels `config.labels` gives away."""
     if not self.train.num_classes:
       data = self.config.data
       raise errors.UserError(f"{self.job} needs labels; {data.source} {data.name or data.dir} has none.")
-    rows = self.labelled_rows(self.train)
-    return self.train if len(rows) == self.train.num_examples else self.train.take(rows)
+    return self._of_rows(self.train, self.labelled_rows(self.train))
+
+  def _of_rows(self, images, rows):
+    return images if len(rows) == images.num_examples else images.take(rows)
 
   def labelled_rows(self, images: source.Source) -> np.ndarray:
-    """Returns the sorted row numbers of the examples whose labels `config.labels` gives away."""
+    """Returns the sorted row numbers of the labelled examples whose labels `config.labels` gives away.
+
+    Of a split that is streamed from files and not chosen from, all: reading its labels takes as long as an epoch, and
+    losses and counts leave images without a label out.
+    """
     keys = self.config.labels
     if not 0 < keys.fraction <= 1:
       raise errors.UserError(
@@ -121,12 +133,12 @@ class Experiment:
     if keys.ids:
       if keys.fraction != 1:
         raise errors.UserError("config.labels has a list of ids and a fraction; use one of them.")
-      return subset.listed(images.names(), keys.ids)
+      return _with_labels(images, subset.listed(images.names(), keys.ids))
     if keys.fraction == 1:
-      return np.arange(images.num_examples)
+      return _with_labels(images, np.arange(images.num_examples))
     if not 0 <= keys.seed < 2**31:
       raise errors.UserError(f"config.labels.seed is {keys.seed}; use one from 0 to {2**31 - 1}.")
-    return subset.balanced(images.labels(), keys.fraction, keys.seed)
+    return _with_labels(images, subset.balanced(images.labels(), keys.fraction, keys.seed))
 
   # The input.
 
@@ -294,6 +306,25 @@ class Experiment:
           f"not {ours[section].get(key)!r}; leave --config out to use the checkpoint's own."
         )
     return found
+
+
+def has_labels(images: source.Source) -> bool:
+  """Returns whether an image of a split has a label; of one that is streamed from files, one of the first."""
+  if not images.num_classes:
+    return False
+  known = images if images.holds_labels else images.consecutive(0, min(LOOKED_AT, images.num_examples))
+  return bool(np.any(known.labels() >= 0))
+
+
+def _with_labels(images, rows):
+  """Returns those of some row numbers whose examples have a label, all where `labelled_rows` says so."""
+  if not images.num_classes:
+    return rows
+  if not has_labels(images):
+    raise errors.UserError(
+      f"{images.name} has {images.num_classes} classes but no labels (-1); name a split with labels."
+    )
+  return rows[images.labels()[rows] >= 0] if images.holds_labels else rows
 
 
 def is_finished(workdir: str, config: ml_collections.ConfigDict) -> bool:

@@ -49,6 +49,11 @@ class Source(abc.ABC):
     return len(self.class_names)
 
   @property
+  def holds_labels(self) -> bool:
+    """Whether `labels` answers without reading files."""
+    return True
+
+  @property
   def has_names(self) -> bool:
     """Whether the names of the examples are known without reading the data."""
     return bool(self.example_names)

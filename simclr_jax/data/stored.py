@@ -46,6 +46,10 @@ class Stored(source_lib.Source):
       return int(self.examples[0].shape[0])
     return sum(piece.take for piece in self.pieces)
 
+  @property
+  def holds_labels(self) -> bool:
+    return self.examples is not None
+
   def dataset(self) -> tf.data.Dataset:
     """Returns the stored examples of the split in order, each a tuple."""
     if self.examples is not None:

@@ -12,10 +12,10 @@ def balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   """Returns the sorted row numbers i64[n] of a random share of each class, rounded, at least one image of each class.
 
   For one seed a smaller share is a subset of a larger one, as the reference's 1 % of ImageNet is of its 10 %.
-  `labels` i32[N] are not negative, `fraction` is above 0 and at most 1.
+  Images of label -1 have none and are never chosen. `fraction` is above 0 and at most 1.
   """
-  chosen = []
-  for label in np.unique(labels):
+  chosen = [np.zeros(0, np.int64)]
+  for label in np.unique(labels[labels >= 0]):
     rows = np.flatnonzero(labels == label)
     order = np.random.default_rng([seed, int(label)]).permutation(len(rows))
     chosen.append(rows[order[: max(1, round(fraction * len(rows)))]])

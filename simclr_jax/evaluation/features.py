@@ -88,6 +88,14 @@ def _in_order(parts):
   return table
 
 
+def labelled(found: Features) -> Features:
+  """Returns the rows f[..., n, D] that have a label (any but -1, all of a multi-label split)."""
+  x, label = found
+  if label.ndim > 1 or np.all(label >= 0):
+    return found
+  return Features(x[..., label >= 0, :], label[label >= 0])
+
+
 def check_finite(x: np.ndarray, name: str, source: str) -> None:
   """Raises a UserError if features f[N, D] of the split `name` by the checkpoint `source` have NaN or infinity."""
   # A row's sum is not finite if one of its entries is not; np.isfinite(x) would need an array as large as x.

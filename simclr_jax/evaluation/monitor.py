@@ -45,9 +45,10 @@ def held_out_accuracies(
     if rows_of_known:
       row["h"] = h.astype(jnp.float32)
     if logits is not None:
+      label = jnp.maximum(batch["label"], 0)  # Rows of label -1 are left out below.
       row |= {
-        "rank": scores.ranks(logits, batch["label"]),
-        "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
+        "rank": scores.ranks(logits, label),
+        "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, label),
       }
     return row
 
@@ -55,15 +56,18 @@ def held_out_accuracies(
 
   def measure(variables):
     table, metrics = table_of(variables, rows_of_held_out()), {}
+    table = {name: rows[table["label"] >= 0] for name, rows in table.items()}
+    if not len(table["label"]):
+      return {}
     if "rank" in table:
       metrics |= {f"online_top{k}": float(np.mean(table["rank"] < k)) for k in (1, 5)}
       metrics |= {"online_loss": float(np.mean(table["loss"], dtype=np.float64)), "online_examples": len(table["rank"])}
-    if rows_of_known:
-      known = table_of(variables, rows_of_known())
+    known = table_of(variables, rows_of_known()) if rows_of_known else None
+    if known and np.any(known["label"] >= 0):
       (found,) = neighbours.accuracies(
         (known["h"], known["label"]),
         (table["h"], table["label"]),
-        neighbours=[min(knn_neighbours, len(known["h"]))],
+        neighbours=[min(knn_neighbours, int(np.sum(known["label"] >= 0)))],
         temperatures=[KNN_TEMPERATURE],
         classes=classes,
         mesh=mesh,

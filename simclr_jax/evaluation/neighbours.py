@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from simclr_jax import errors
-from simclr_jax.evaluation import geometry, scores
+from simclr_jax.evaluation import features, geometry, scores
 from simclr_jax.evaluation.features import Features
 from simclr_jax.hardware import sharding
 
@@ -40,9 +40,11 @@ def accuracies(
   For each k, and each temperature within it, in the given order: `k`, `temperature`, `top1` and `top5` (of 1). The k
   training features with the largest cosine similarity s vote for their labels with weight exp(s / temperature). One
   search for the largest k serves every k and temperature. Of equal similarities the lower training row ranks first, of
-  equal votes the lower class; a class without a vote is never correct.
+  equal votes the lower class; a class without a vote is never correct. Rows of label -1 neither vote nor count.
   """
-  (train_x, train_y), (test_x, test_y) = train, test
+  (train_x, train_y), (test_x, test_y) = (features.labelled(Features(*split)) for split in (train, test))
+  if not len(test_x):
+    raise errors.UserError("no held-out image has a label; set --config.data.eval_split to a split with labels.")
   check(neighbours, len(train_x))
   mesh = mesh or sharding.data_mesh(jax.local_devices()[:1])
   queries = min(queries, len(test_x))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from simclr_jax import errors
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
 
@@ -17,12 +18,14 @@ def accuracy(
 ) -> dict[str, float]:
   """Returns `top1`, `top5`, the mean cross-entropy (`loss`) and the number of `examples` of a whole split.
 
-  `logits_of` is (variables, [B, H, W, 3]) -> f32[B, K]; the mesh shares each batch.
+  `logits_of` is (variables, [B, H, W, 3]) -> f32[B, K]; the mesh shares each batch. Images of label -1 have no label
+  and do not count; a split with no other is a UserError.
   """
 
   # Each batch is summed on the devices, as integers and float32, and the batches on the host in float64.
   def count(variables, batch):
-    logits, label, mask = logits_of(variables, batch["image"]), batch["label"], batch["mask"] > 0
+    logits, label = logits_of(variables, batch["image"]), jnp.maximum(batch["label"], 0)
+    mask = (batch["mask"] > 0) & (batch["label"] >= 0)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
     rank = ranks(logits, label)
     return {
@@ -39,6 +42,8 @@ def accuracy(
     for name, value in jax.device_get(count(variables, batch)).items():
       totals[name] += float(value)
   examples = totals.pop("examples")
+  if not examples:
+    raise errors.UserError("no held-out image has a label; set --config.data.eval_split to a split with labels.")
   return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
 
 

@@ -91,9 +91,12 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   this.claim()
   begin = time.monotonic()
   passes = [this.rows(train)()] + [this.augmented_rows(train, number) for number in range(1, keys.passes)]
-  parts = [features.of_split(frozen.encode, frozen.variables, batches, mesh) for batches in passes]
+  read = lambda batches: features.of_split(frozen.encode, frozen.variables, batches, mesh)
+  parts = [features.labelled(read(batches)) for batches in passes]
   known = features.Features(np.stack([part.x for part in parts]), parts[0].label)
-  test = inference.of_split(frozen, this, held_out)
+  if len(known.label) < train.num_examples:  # A split that is streamed shows only now which images have a label.
+    rows = probes.held_back(len(known.label), keys.validation_share, config.seed)
+  test = features.labelled(inference.of_split(frozen, this, held_out))
   seconds = {"features": time.monotonic() - begin}
   telemetry.log.info(
     "linear_eval: %d + %d features of %d numbers in %.1f s",

@@ -141,12 +141,11 @@ def _evaluate(
   begin, read = time.monotonic(), {}
   for part, images in splits.items():
     rows = inputs.transfer_pass(images, this.config.data.image_size, batch_size=this.config.eval_batch_size)
-    found = read[part] = features.of_split(frozen.encode, frozen.variables, rows, this.mesh)
+    found = read[part] = features.labelled(features.of_split(frozen.encode, frozen.variables, rows, this.mesh))
     features.check_finite(found.x, images.name, this.config.checkpoint)
-    if found.label.ndim == 1 and (unlabelled := np.sum(found.label < 0)):
+    if not len(found.label):
       raise errors.UserError(
-        f"{unlabelled} of {len(found.label)} images of {images.name} have no label; name other splits, as "
-        "NAME:TRAIN:VALIDATION:TEST."
+        f"no image of {images.name} has a label; name other splits, as NAME:TRAIN:VALIDATION:TEST."
       )
   seconds = {"features": time.monotonic() - begin}
   if "validation" not in read:

@@ -6,6 +6,11 @@ import optax
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the mean softmax cross-entropy and the accuracy of logits f[N, K] for label i[N]."""
-  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
-  return jnp.mean(losses), jnp.mean(jnp.argmax(logits, -1) == label)
+  """Returns the mean softmax cross-entropy and the accuracy of logits f[N, K] for label i[N].
+
+  Rows of label -1 have no label and do not count; without any other row both are 0.
+  """
+  known = label >= 0
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+  mean = lambda x: jnp.sum(jnp.where(known, x, 0)) / jnp.maximum(jnp.sum(known), 1)
+  return mean(losses), mean((jnp.argmax(logits, -1) == label).astype(losses.dtype))

@@ -107,11 +107,15 @@ class Contrastive(Objective):
   mesh: jax.sharding.Mesh | None = None
   shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 
-  def forward(self, variables: Any, rows: Batch, totals: None, parts: int) -> Output:
+  def totals(self, batch: Batch, *constants: Any) -> jax.Array:
+    """Returns i32[], the labelled images of the batch."""
+    return jnp.sum(batch["label"] >= 0)
+
+  def forward(self, variables: Any, rows: Batch, totals: jax.Array, parts: int) -> Output:
     z, logits, updates = self._embedded(self.model, variables, rows)
     metrics, loss = {}, 0
     if logits is not None:
-      loss, accuracy = losses.cross_entropy(logits, rows["label"].repeat(2))
+      loss, accuracy = _of_labelled(logits, rows["label"].repeat(2), 2 * totals, parts)
       metrics = {"supervised_loss": loss, "supervised_acc": accuracy}
     return Output(z, loss, metrics, updates.get("batch_stats", {}))
 
@@ -129,7 +133,10 @@ class Contrastive(Objective):
       rows = negatives.filled(state.memory, state.step, 2 * batch["label"].shape[0])
       older = {"queue": state.memory["buffer"], "filled": rows}
     keys = {"temperature": self.temperature, "normalize": self.normalize, "margin": self.margin, "mesh": self.mesh}
-    value, metrics = losses.contrast(self.kind, z, batch["label"], **keys, **older)
+    # Images without a label (-1) are of no class: each gets a number of its own, so that SupCon attracts none of them.
+    label = batch["label"]
+    label = jnp.where(label == -1, -1 - jnp.arange(label.shape[0], dtype=label.dtype), label)
+    value, metrics = losses.contrast(self.kind, z, label, **keys, **older)
     return self.scale * value, {**metrics, "loss": value}
 
   def after(
@@ -163,6 +170,10 @@ class Classification(Objective):
   def moving(self, batch_stats: Any) -> Any:
     return simclr.moving_part(self.model, batch_stats)
 
+  def totals(self, batch: Batch, *constants: Any) -> jax.Array | None:
+    """Returns i32[], the labelled images of the batch, where their labels count."""
+    return jnp.sum(batch["label"] >= 0)
+
   def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
     rows = self.prepare(rows)
     logits, updates = self.model.apply(variables, rows["image"], train=True, mutable=["batch_stats"])
@@ -171,7 +182,7 @@ class Classification(Objective):
 
   def loss(self, logits: jax.Array, rows: Batch, totals: Any, parts: int) -> tuple[jax.Array, Metrics]:
     """Returns the mean cross-entropy of logits f[n, K] and `label`, with the metrics `loss` and `accuracy`."""
-    loss, accuracy = losses.cross_entropy(logits, rows["label"])
+    loss, accuracy = _of_labelled(logits, rows["label"], totals, parts)
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
@@ -191,7 +202,7 @@ class Distillation(Classification):
   def totals(self, batch: Batch, *constants: Any) -> jax.Array | None:
     """Returns i32[], the labelled images of the batch, where their labels count."""
     labelled = constants[0]
-    return jnp.sum(labelled[batch["index"]]) if self.label_weight else None
+    return jnp.sum(labelled[batch["index"]] & (batch["label"] >= 0)) if self.label_weight else None
 
   def loss(
     self, logits: jax.Array, rows: Batch, totals: jax.Array | None, parts: int, *constants: Any
@@ -204,7 +215,7 @@ class Distillation(Classification):
     metrics = {"distill_loss": distilled, "agreement": agreement}
     total = (1 - self.label_weight) * distilled
     if self.label_weight:
-      known = labelled[rows["index"]]
+      known = labelled[rows["index"]] & (rows["label"] >= 0)
       label = jnp.where(known, rows["label"], 0)
       of_rows = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
       # The mean over the parts is then the sum over the batch by the number of its labelled images.
@@ -212,6 +223,12 @@ class Distillation(Classification):
       metrics["supervised_loss"] = supervised
       total = total + self.label_weight * supervised
     return total, {**metrics, "loss": total}
+
+
+def _of_labelled(logits, label, totals, parts):
+  """Returns cross-entropy and accuracy of a micro-batch, so weighted that their mean over the parts is the batch's."""
+  weight = parts * jnp.sum(label >= 0) / jnp.maximum(totals, 1)
+  return tuple(value * weight.astype(value.dtype) for value in losses.cross_entropy(logits, label))
 
 
 def distillation(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
