@@ -1,15 +1,20 @@
 """Networks of checkpoints in inference mode: the encoder for notebooks, the representation and classifier of jobs."""
 
-from collections.abc import Callable
+import io
+import os
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, network
+from simclr_jax.data import arrays, inputs
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
 from simclr_jax.models import encoders, simclr
@@ -18,6 +23,7 @@ from simclr_jax.training import state as state_lib
 
 # Images that go through the network together; the last batch is padded, so one compilation serves any N.
 BATCH = 128
+OVERSHOOT = 0.25
 
 Variables = dict[str, Any]
 
@@ -33,13 +39,30 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
   variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
   apply = jax.jit(lambda x: model.apply(variables, x, train=False).astype(jnp.float32))
 
-  def encode(images: np.ndarray) -> np.ndarray:
-    """Returns f32[N, D] of images u8 or f32 in [0, 1] [N, H, W, 3]."""
+  def of_files(names):
+    batches = inputs.evaluation(
+      _files(names), config.data.image_size, batch_size=BATCH, is_resident=False, shared=False
+    )
+    encoded = lambda variables, images: model.apply(variables, images, train=False)
+    return features.of_split(encoded, variables, batches(), mesh).x
+
+  def encode(images: np.ndarray | Sequence[str | os.PathLike]) -> np.ndarray:
+    """Returns f32[N, D] of images u8 or f32 in [0, 1] [N, H, W, 3], or of N files, which are cropped as in `embed`."""
+    images = [images] if isinstance(images, str | os.PathLike) else images
+    if len(images) and isinstance(images[0], str | os.PathLike):
+      return of_files(images)
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3:
       raise errors.UserError(f"images have shape {images.shape}; wanted [N, H, W, 3], RGB.")
     if images.dtype != np.uint8:
+      if not np.issubdtype(images.dtype, np.floating):
+        raise errors.UserError(f"images are {images.dtype}; wanted uint8, or floats in [0, 1].")
       images = images.astype(np.float32)
+      # Bicubic resizing overshoots a little.
+      if images.size and not (images.min() > -OVERSHOOT and images.max() < 1 + OVERSHOOT):
+        raise errors.UserError(
+          f"images have values from {images.min():g} to {images.max():g}; wanted uint8, or floats in [0, 1]."
+        )
     parts = []
     for start in range(0, len(images), BATCH):
       piece = images[start : start + BATCH]
@@ -49,6 +72,19 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
     return np.concatenate([np.zeros((0, dim), np.float32), *parts])
 
   return encode, config
+
+
+def _files(names: Sequence[str | os.PathLike]) -> arrays.Arrays:
+  """Returns the images in files, still encoded, without labels; a UserError for one that is not there or no image."""
+  contents = np.empty(len(names), object)
+  for number, name in enumerate(names):
+    try:
+      contents[number] = pathlib.Path(name).expanduser().read_bytes()
+      with Image.open(io.BytesIO(contents[number])) as image:
+        image.verify()
+    except (OSError, SyntaxError) as error:  # Pillow's way to say that a PNG is broken.
+      raise errors.UserError(f'"{name}" cannot be read as an image ({error}); replace it or leave it out.') from error
+  return arrays.Arrays("files", contents, np.full(len(names), -1, np.int32), (), tuple(map(str, names)))
 
 
 class Representation(NamedTuple):

@@ -17,7 +17,7 @@ from runs import ROOT, TINY, job
 
 from simclr_jax import __main__ as command
 from simclr_jax import config as config_lib
-from simclr_jax import inference, network
+from simclr_jax import errors, inference, network
 from simclr_jax.data import arrays, shapes, source, sources
 from simclr_jax.hardware import sharding
 from simclr_jax.training import checkpoint
@@ -84,6 +84,39 @@ def test_the_files_hold_every_example_once_in_order(tmp_path, projection, device
   assert result["files"] == [f"features-0000{i}-of-00003.npz" for i in range(3)]
   assert (result["examples"], result["dimension"], result["layer"]) == (40, 5, 0)
   assert result["class_names"] == list(shapes.CLASS_NAMES)
+
+
+def test_encode_takes_files_and_crops_them_as_embed_does(pretrained, tmp_path):
+  names = folder_of(tmp_path / "pictures")
+  source_of = ["--config.data.source=folder", f"--config.data.dir={tmp_path}/pictures", "--config.data.resident=false"]
+  workdir = job(
+    "embed", tmp_path / "out", f"--config.checkpoint={pretrained}", "--config.eval_batch_size=8", *source_of
+  )
+  table = whole(workdir, json.loads((workdir / "result.json").read_text()))
+  encode, _ = inference.load_encoder(str(pretrained))
+  files = [tmp_path / "pictures" / name for name in names]
+  np.testing.assert_allclose(encode(files), table["features"], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(encode(str(files[3])), table["features"][3:4], rtol=1e-5, atol=1e-5)
+  (tmp_path / "notes.txt").write_text("no image")
+  for wrong in ("notes.txt", "absent.png"):
+    with pytest.raises(errors.UserError, match=f'{wrong}" cannot be read as an image'):
+      encode([files[0], tmp_path / wrong])
+
+
+@pytest.mark.parametrize(
+  ("images", "message"),
+  [
+    (np.zeros((1, 16, 16, 3), np.int64), "images are int64; wanted uint8, or floats"),
+    (np.full((1, 16, 16, 3), 255.0), "values from 255 to 255; wanted uint8, or floats in"),
+    (np.full((1, 16, 16, 3), -1.0), "values from -1 to -1"),
+    (np.full((1, 16, 16, 3), np.nan, np.float32), "values from nan to nan"),
+    (np.zeros((16, 16, 3), np.uint8), "wanted .N, H, W, 3."),
+  ],
+)
+def test_images_of_another_range_are_refused(pretrained, images, message):
+  encode, _ = inference.load_encoder(str(pretrained))
+  with pytest.raises(errors.UserError, match=message):
+    encode(images)
 
 
 def test_a_second_run_computes_the_rows_of_missing_files_alone(tmp_path, projection, monkeypatch):

@@ -87,6 +87,16 @@ def test_images_are_chosen_by_the_names_of_a_list(tmp_path):
     subset.listed(source.names(), str(tmp_path / "absent.txt"))
 
 
+def test_listed_images_of_one_name_are_told_apart_by_folder(tmp_path):
+  names, ids = ("cat/1.png", "cat/2.png", "dog/1.png"), tmp_path / "ids.txt"
+  for text, rows in (("cat/1.png", [0]), ("./dog/1.png\n2.png", [1, 2]), ("/data/train/cat/1.png", [0])):
+    ids.write_text(text)
+    np.testing.assert_array_equal(subset.listed(names, str(ids)), rows)
+  ids.write_text("1.png")
+  with pytest.raises(errors.UserError, match=r"names 1.png, and the split has cat/1.png and dog/1.png; list paths"):
+    subset.listed(names, str(ids))
+
+
 def test_flops_by_module_are_those_of_the_whole():
   model = simclr.Classifier(resnet.ResNet(depth=10, width=0.25), heads.LinearHead(5), heads.ProjectionHead(2, 16), 1)
   image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

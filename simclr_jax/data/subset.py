@@ -1,6 +1,8 @@
 """Row numbers of a part of a split: a seeded share of each class, or the images that a list names."""
 
+import collections
 import os
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,19 +27,32 @@ def balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def listed(names: Sequence[str], path: str) -> np.ndarray:
   """Returns the sorted row numbers i64[n] of the images that a file lists, one name a line.
 
-  `names` are those of all images of the split. Folders are ignored, there and in the file: "n01440764_10026.JPEG" is
-  compared. A file that is not there, or lists an image that the split does not have, is a UserError.
+  `names` are those of all images of the split. Paths are compared from the file name backwards as far as both go:
+  "n01440764_10026.JPEG" and "train/n01440764/n01440764_10026.JPEG" are one image, "cat/1.png" and "dog/1.png" are two.
+  A file that is not there, or a line that names no image or several, is a UserError.
   """
   if not os.path.isfile(path):
     raise errors.UserError(f'no file "{path}" for config.labels.ids; give a list of image names, one a line.')
   with open(path, encoding="utf-8") as file:
-    wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
-  base = [os.path.basename(name) for name in names]
-  missing = wanted - set(base)
+    wanted = sorted({line.strip() for line in file if line.strip()})
+  backwards = lambda name: tuple(reversed(pathlib.PurePath(name).parts))
+  by_base = collections.defaultdict(list)
+  for row, name in enumerate(names):
+    by_base[os.path.basename(name)].append((row, backwards(name)))
+  rows, missing = set(), []
+  for name in wanted:
+    own = backwards(name)
+    found = [row for row, parts in by_base[own[0]] if all(a == b for a, b in zip(own, parts, strict=False))]
+    if len(found) > 1:
+      raise errors.UserError(
+        f"{path} names {name}, and the split has {names[found[0]]} and {names[found[1]]}; list paths with their folders."
+      )
+    rows.update(found)
+    missing += [] if found else [name]
   if missing or not wanted:
-    example = f" (first: {min(missing)})" if missing else ""
+    example = f" (first: {missing[0]})" if missing else ""
     raise errors.UserError(
       f"{len(missing)} of the {len(wanted)} images that {path} names are not in the split{example}; "
-      f"the split has names such as {base[0]}."
+      f"the split has names such as {names[0]}."
     )
-  return np.flatnonzero([name in wanted for name in base])
+  return np.array(sorted(rows), np.int64)

@@ -165,8 +165,9 @@ class _Rows:
     if not self._pending:
       return
     (begin, end, due, metrics), self._pending = self._pending, None
-    rows = jax.device_get(metrics)
-    speed = self._out.speed(end)
+    # The clock is read when the steps are done: to fetch from a GPU may wait for what was dispatched since.
+    jax.block_until_ready(metrics)
+    speed, rows = self._out.speed(end), jax.device_get(metrics)
     for step in due:
       values = {f"train/{name}": float(np.ravel(row)[step - begin - 1]) for name, row in rows.items()}
       self._out.write(step, {**values, **speed})
