@@ -62,7 +62,8 @@ def load_encoder(path: str) -> "tuple[Callable[[np.ndarray], np.ndarray], ml_col
   """Returns (encode, config) of the checkpoint at `path`.
 
   `encode` turns images u8 or f32 in [0, 1] [N, H, W, 3] into features f32[N, D]; H and W should be the config's
-  `data.image_size`. It also takes the names of N image files, which are cropped as `embed` does. `config` is the training run's, `path` its workdir or one of its checkpoints/STEP folders.
+  `data.image_size`. It also takes the names of N image files, which are cropped as `embed` does. `config` is the
+  training run's, `path` its workdir or one of its checkpoints/STEP folders.
 
   Raises:
     UserError: there is no checkpoint, or it does not fit its config.
