@@ -45,7 +45,7 @@ def listed(names: Sequence[str], path: str) -> np.ndarray:
     found = [row for row, parts in by_base[own[0]] if all(a == b for a, b in zip(own, parts, strict=False))]
     if len(found) > 1:
       raise errors.UserError(
-        f"{path} names {name}, and the split has {names[found[0]]} and {names[found[1]]}; list paths with their folders."
+        f"{path} names {name}, and the split has {names[found[0]]} and {names[found[1]]}; list whole paths."
       )
     rows.update(found)
     missing += [] if found else [name]
