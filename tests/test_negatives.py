@@ -301,3 +301,16 @@ def test_a_wrong_queue_of_the_loss_is_named_in_one_line(kind, queue, says):
   with pytest.raises(errors.UserError, match=re.escape(says)) as caught:
     losses.contrast(kind, jnp.zeros((4, 2, 4)), np.arange(4), temperature=0.1, queue=jnp.zeros(queue))
   assert "\n" not in str(caught.value)
+
+
+def test_averages_of_bfloat16_weights_move_as_far_as_they_should():
+  mesh, embedding = sharding.data_mesh(), jax.ShapeDtypeStruct((2, 4), jnp.bfloat16)
+  place = lambda value: {
+    "encoder": {"kernel": jax.device_put(jnp.full(3, value, jnp.bfloat16), sharding.replicated(mesh))}
+  }
+  queue = negatives.create(place(0), embedding, 4)
+  assert queue["params"]["encoder"]["kernel"].dtype == jnp.float32
+  z = jnp.zeros((2, 2, 4), jnp.bfloat16)
+  step = lambda number, queue: negatives.after(queue, number, z, place(1), decay=DECAY, mesh=None)
+  moved = jax.jit(lambda queue: jax.lax.fori_loop(0, 3000, step, queue))(queue)
+  np.testing.assert_allclose(moved["params"]["encoder"]["kernel"], 1 - DECAY**3000, rtol=1e-3)

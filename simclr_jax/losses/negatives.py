@@ -44,10 +44,12 @@ def shapes(params: dict[str, Any], embedding: jax.ShapeDtypeStruct, size: int) -
   """
   copies = {part: params[part] for part in PARTS if part in params}
   mesh = jax.tree.leaves(copies)[0].sharding.mesh
-  dtype = jnp.promote_types(embedding.dtype, jnp.float32)
+  # At least float32: in bfloat16 an average with a decay of 0.999 hardly moves.
+  dtype_of = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+  buffer = (size, embedding.shape[-1])
   return {
-    "params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), copies),
-    "buffer": jax.ShapeDtypeStruct((size, embedding.shape[-1]), dtype, sharding=sharding.replicated(mesh)),
+    "params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype_of(x), sharding=x.sharding), copies),
+    "buffer": jax.ShapeDtypeStruct(buffer, dtype_of(embedding), sharding=sharding.replicated(mesh)),
   }
 
 
@@ -58,7 +60,8 @@ def create(params: dict[str, Any], embedding: jax.ShapeDtypeStruct, size: int) -
 
   # The copy must be a real one: the state is donated, and no buffer can be donated twice.
   def copied(params):
-    return {"params": jax.tree.map(jnp.copy, params), "buffer": jnp.zeros(buffer.shape, buffer.dtype)}
+    copies = jax.tree.map(lambda x, like: jnp.array(x, like.dtype, copy=True), params, wanted["params"])
+    return {"params": copies, "buffer": jnp.zeros(buffer.shape, buffer.dtype)}
 
   placement = jax.tree.map(lambda x: x.sharding, wanted)
   return jax.jit(copied, out_shardings=placement)({part: params[part] for part in wanted["params"]})
