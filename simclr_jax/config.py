@@ -99,12 +99,14 @@ def names_run(path: str) -> bool:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises a UserError for the first value that is not among its key's choices."""
+  """Raises a UserError for the first value that is not among its key's choices or outside of its interval."""
   for name, key in KEYS.items():
     value = get_key(config, name)
-    if key.choices and value not in key.choices:
-      near = errors.nearest(value, key.choices)
-      raise errors.UserError(f"config.{name} is {value!r}{near}; use {', '.join(key.choices)}.")
+    if problem := key.problem(value):
+      raise errors.UserError(f"config.{name} is {value!r}{problem}")
+  low, high = config.augment.min_area, config.augment.max_area
+  if low > high:
+    raise errors.UserError(f"config.augment.min_area is {low} and max_area {high}; use a smaller min_area.")
 
 
 def bundled() -> dict[str, pathlib.Path]:

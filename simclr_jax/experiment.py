@@ -126,18 +126,12 @@ class Experiment:
     losses and counts leave images without a label out.
     """
     keys = self.config.labels
-    if not 0 < keys.fraction <= 1:
-      raise errors.UserError(
-        f"config.labels.fraction is {keys.fraction}; use a share above 0, at most 1, such as 0.01."
-      )
     if keys.ids:
       if keys.fraction != 1:
         raise errors.UserError("config.labels has a list of ids and a fraction; use one of them.")
       return _with_labels(images, subset.listed(images.names(), keys.ids))
     if keys.fraction == 1:
       return _with_labels(images, np.arange(images.num_examples))
-    if not 0 <= keys.seed < 2**31:
-      raise errors.UserError(f"config.labels.seed is {keys.seed}; use one from 0 to {2**31 - 1}.")
     return _with_labels(images, subset.balanced(images.labels(), keys.fraction, keys.seed))
 
   # The input.
@@ -169,8 +163,6 @@ class Experiment:
 
   def _plan(self, batch_size: int = 0) -> inputs.Plan:
     data = self.config.data
-    if data.resident and data.steps_per_dispatch < 1:
-      raise errors.UserError(f"config.data.steps_per_dispatch is {data.steps_per_dispatch}; use 1 or more.")
     return inputs.Plan(
       order.Order(batch_size or self.recipe.batch_size, data.shards, self.config.seed, data.shuffle_window),
       place=self.config.augment.place,

@@ -8,7 +8,7 @@ import pytest
 import read_keys
 
 from simclr_jax import config as config_lib
-from simclr_jax import experiment, optim
+from simclr_jax import errors, experiment, optim
 from simclr_jax.keys import KEYS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -126,3 +126,36 @@ def test_the_table_of_features_names_keys_and_jobs_that_exist():
   flags = re.findall(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|", page)
   assert sum(len(row.split(", ")) for row in flags) == 50  # TF1 and TF2 together have so many different ones.
   assert {"pretrain", "finetune", "linear_eval", "distill", "convert", "study", "transfer", "knn"} <= set(quoted)
+
+
+NUMBERS = sorted(name for name, key in KEYS.items() if type(key.default) in (int, float))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_beyond_its_interval_is_refused_before_anything_else(name):
+  kind = type(KEYS[name].default)
+  assert config_lib.load("cifar10", {name: str(KEYS[name].default)})
+  for value in ("-1e300", "1e300", "nan", "inf") if kind is float else (str(-(10**12)), str(10**12)):
+    with pytest.raises(errors.UserError, match=f"^config.{name} is .*; use "):
+      config_lib.load("cifar10", {name: value})
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "says"),
+  [
+    ("augment.min_area", "2", "config.augment.min_area is 2.0; use more than 0, at most 1."),
+    ("augment.min_area", "0", "config.augment.min_area is 0.0; use more than 0, at most 1."),
+    ("augment.max_area", "0.01", "config.augment.min_area is 0.08 and max_area 0.01; use a smaller min_area."),
+    ("batch_size", "-4", "config.batch_size is -4; use 1 or more, at most 16777216."),
+    ("data.image_size", "0", "config.data.image_size is 0; use 1 or more, at most 4096."),
+    ("loss.temperature", "0", "config.loss.temperature is 0.0; use more than 0, at most 1000000."),
+    ("total_epochs", "0", "config.total_epochs is 0.0; use more than 0, at most 1000000."),
+    ("optimizer.momentum", "1", "config.optimizer.momentum is 1.0; use 0 or more, less than 1."),
+    ("head.layers", "1000000", "config.head.layers is 1000000; use 0 or more, at most 100."),
+    ("log_every_steps", "0", "config.log_every_steps is 0; use 1 or more, less than 2147483648."),
+  ],
+)
+def test_what_to_use_is_said(name, value, says):
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.load("cifar10", {name: value})
+  assert str(caught.value) == says

@@ -218,8 +218,9 @@ def test_labels_of_voc_are_vectors_and_difficult_ones_do_not_count(data):
     ({"transfer.datasets": "folder:/a/x,folder:/b/x"}, "several data sets 'x'"),
     ({"transfer.datasets": "tiny,tinny"}, 'unknown TFDS data set "tinny"'),
     ({"transfer.datasets": "tiny:train::tset"}, 'cannot take split "tset"'),
-    ({"transfer.l2_low": "0"}, "config.transfer has l2_strengths 4 from l2_low 0.0"),
-    ({"transfer.validation_share": "1"}, "config.transfer.validation_share is 1.0; use a share"),
+    ({"transfer.l2_low": "0"}, "config.transfer.l2_low is 0.0; use more than 0"),
+    ({"transfer.l2_low": "1e6"}, "config.transfer.l2_low is 1000000.0 and l2_high"),
+    ({"transfer.validation_share": "1"}, "config.transfer.validation_share is 1.0; use more than 0, less than 1"),
     ({"checkpoint": ""}, "transfer has no encoder; give --config.checkpoint=RUN"),
   ],
 )

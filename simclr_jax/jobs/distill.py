@@ -35,10 +35,6 @@ def run(
     raise errors.UserError(
       "distill has no teacher; give --config.distill.teacher=RUN, the workdir of a run of finetune or linear_eval."
     )
-  if not keys.temperature > 0:
-    raise errors.UserError(f"config.distill.temperature is {keys.temperature}; it must be positive, for example 1.0.")
-  if not 0 <= keys.label_weight <= 1:
-    raise errors.UserError(f"config.distill.label_weight is {keys.label_weight}; use a share from 0 to 1.")
   this = experiment.Experiment(config, "distill", workdir)
   layer = this.network.layer("finetune_from")
   teacher = inference.classifier(keys.teacher, this.mesh)

@@ -40,8 +40,6 @@ from simclr_jax.training import checkpoint, telemetry
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Returns (and writes to `result.json`) what the files that it leaves in `workdir` hold."""
   keys = config.embed
-  if keys.rows_per_file < 1:
-    raise errors.UserError(f"config.embed.rows_per_file is {keys.rows_per_file}; use 1 or more, such as 8192.")
   if keys.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
     raise errors.UserError("config.embed.format parquet is written by pyarrow, which is not installed; use npz.")
   if config_lib.names_run(config.checkpoint):

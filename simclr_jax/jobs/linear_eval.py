@@ -140,12 +140,6 @@ def _settings(keys) -> tuple[probes.Grid, probes.L2Path]:
   rates = numbers.floats("config.probes.learning_rates", keys.learning_rates)
   decays = numbers.floats("config.probes.weight_decays", keys.weight_decays, zero=True)
   strengths = numbers.floats("config.probes.l2_strengths", keys.l2_strengths)
-  if keys.passes < 1 or keys.epochs < 1 or keys.lbfgs_steps < 1:
-    raise errors.UserError(
-      f"config.probes has passes {keys.passes}, epochs {keys.epochs}, lbfgs_steps {keys.lbfgs_steps}; use 1 or more."
-    )
-  if not 0 < keys.validation_share < 1:
-    raise errors.UserError(f"config.probes.validation_share is {keys.validation_share}; use a share such as 0.1.")
   grid = probes.Grid(rates, decays, keys.epochs, keys.batch_size)
   return grid, probes.L2Path(strengths, keys.lbfgs_steps, keys.lbfgs_tolerance)
 

@@ -80,9 +80,6 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
   of devices and processes, to rounding.
   """
   config, knobs, train = this.config, this.config.monitor, this.train
-  for key, least in (("knn_images", 0), ("knn_neighbours", 1), ("pairs", 0)):
-    if knobs[key] < least:
-      raise errors.UserError(f"config.monitor.{key} is {knobs[key]}; use {least} or more.")
   parts = []
   if classes and config.data.eval_split and (model.linear_head or knobs.knn_images):
     if this.held_out.num_classes:
