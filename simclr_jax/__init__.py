@@ -21,9 +21,7 @@ def load_config(name_or_path: str, **overrides: Any) -> "ml_collections.ConfigDi
 
   It is a bundled one (`cifar10`) or a Python file, with a variant after a colon (`imagenet:v1`). Keys are overridden by
   name (`batch_size=64`), dotted (`**{"loss.temperature": 0.5}`) or nested (`loss={"temperature": 0.5}`).
-
-  Raises:
-    UserError: there is no such experiment or key, or a value is not of its key's type.
+  UserError: there is no such experiment or key, or a value is not of its key's type.
   """
   from simclr_jax import config
 
@@ -38,9 +36,7 @@ def run(job: str, config: "ml_collections.ConfigDict | None", workdir: str, **op
     config: from `load_config`; None for `convert` and `bench`, which take none.
     workdir: the folder for checkpoints, metrics and results; the same call continues a stopped run.
     **options: the job's own, such as `profile_steps=(10, 15)`.
-
-  Raises:
-    UserError: something in config or options does not fit.
+  UserError: something in config or options does not fit.
   """
   from simclr_jax import errors, files, jobs
 
@@ -64,9 +60,7 @@ def load_encoder(path: str) -> "tuple[Callable[[np.ndarray], np.ndarray], ml_col
   `encode` turns images u8 or f32 in [0, 1] [N, H, W, 3] into features f32[N, D]; H and W should be the config's
   `data.image_size`. It also takes the names of N image files, which are cropped as `embed` does. `config` is the
   training run's, `path` its workdir or one of its checkpoints/STEP folders.
-
-  Raises:
-    UserError: there is no checkpoint, or it does not fit its config.
+  UserError: there is no checkpoint, or it does not fit its config.
   """
   from simclr_jax import inference
 

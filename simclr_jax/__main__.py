@@ -196,8 +196,7 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> N
 def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
   """Returns (the options of a command that `args` give, by name; overrides of the config by dotted key).
 
-  Raises:
-    UserError: an argument is not of the form that the help shows.
+  UserError: an argument is not of the form that the help shows.
   """
   overrides, rest = {}, []
   for arg in args:

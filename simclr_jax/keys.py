@@ -14,6 +14,10 @@ from simclr_jax.models import encoders
 
 Value = bool | int | float | str
 
+COUNT, WHOLE, AMOUNT, POSITIVE = "[1, 2147483648)", "[0, 2147483648)", "[0, 1e30]", "(0, 1e30]"
+SHARE, INNER, UNIT, BELOW_1 = "(0, 1]", "(0, 1)", "[0, 1]", "[0, 1)"
+PIXELS, WIDTH, LAYERS, LAYER = "[1, 4096]", "(0, 64]", "[0, 100]", "[-1, 100]"
+
 
 @dataclasses.dataclass(frozen=True)
 class Key:
@@ -21,10 +25,10 @@ class Key:
 
   default: Value  # Its value where an experiment does not set it; its type is the key's.
   meaning: str  # One line for people.
+  within: str = ""  # The numbers that there are, an interval such as "(0, 1]"; every one is finite.
   # The values that there are; empty where any value of the type is one. A table is looked up when a value is checked,
   # so that entries which are added later count.
   choices: Collection[str] = ()
-  interval: str = ""  # The numbers that there are, as "(0, 1]"; every one is finite.
   is_path: bool = False  # Names a file or folder; relative paths are made absolute when they are typed.
   is_free: bool = False  # May change when a run continues, because no result depends on it.
 
@@ -34,8 +38,8 @@ class Key:
       return "" if value in self.choices else f"{errors.nearest(value, self.choices)}; use {', '.join(self.choices)}."
     if isinstance(value, bool) or not isinstance(value, int | float):
       return ""
-    low, high = (float(text) for text in self.interval[1:-1].split(","))
-    from_low, to_high = self.interval.startswith("["), self.interval.endswith("]")
+    low, high = (float(text) for text in self.within[1:-1].split(","))
+    from_low, to_high = self.within.startswith("["), self.within.endswith("]")
     # Every comparison with NaN is false.
     if (low <= value if from_low else low < value) and (value <= high if to_high else value < high):
       return ""
@@ -48,14 +52,12 @@ def _optimizer(
 ) -> dict[str, Key]:
   return {
     "name": Key(name, "lars, momentum (Nesterov) or adam", choices=optim.OPTIMIZERS),
-    "base_learning_rate": Key(base_learning_rate, "before scaling with the batch size", interval="[0, 1e6]"),
+    "base_learning_rate": Key(base_learning_rate, "before scaling with the batch size", AMOUNT),
     "scaling": Key(scaling, "linear: base * batch_size / 256; sqrt: base * sqrt(batch_size)", choices=optim.SCALINGS),
-    "warmup_epochs": Key(warmup_epochs, "linear warm-up from zero", interval="[0, 1e6]"),
-    "momentum": Key(0.9, "decay of the momentum buffer, of lars and momentum", interval="[0, 1)"),
-    "weight_decay": Key(
-      weight_decay, "L2; batch normalisation is left out, under lars biases too", interval="[0, 1e6]"
-    ),
-    "trust_coefficient": Key(0.001, "of lars", interval="(0, 1e6]"),
+    "warmup_epochs": Key(warmup_epochs, "linear warm-up from zero", AMOUNT),
+    "momentum": Key(0.9, "decay of the momentum buffer, of lars and momentum", BELOW_1),
+    "weight_decay": Key(weight_decay, "L2; batch normalisation is left out, under lars biases too", AMOUNT),
+    "trust_coefficient": Key(0.001, "of lars", POSITIVE),
   }
 
 
@@ -63,14 +65,12 @@ def _recipe(optimizer: dict[str, Key], batch_size: int, total_epochs: float) -> 
   """Returns the keys of a job that trains a classifier on the encoder."""
   return {
     "optimizer": optimizer,
-    "batch_size": Key(batch_size, "images in a global batch, over all devices", interval="[1, 16777216]"),
-    "total_epochs": Key(total_epochs, "length of the training", interval="(0, 1e6]"),
-    "micro_batches": Key(
-      1, "parts of a batch that go through the network one after the other", interval="[1, 16777216]"
-    ),
-    "min_area": Key(0.08, "smallest share of the image in a random crop", interval="(0, 1]"),
+    "batch_size": Key(batch_size, "images in a global batch, over all devices", COUNT),
+    "total_epochs": Key(total_epochs, "length of the training", POSITIVE),
+    "micro_batches": Key(1, "parts of a batch that go through the network one after the other", COUNT),
+    "min_area": Key(0.08, "smallest share of the image in a random crop", SHARE),
     "zero_init": Key(True, "the classifier starts at zero where weights are loaded"),
-    "evaluate_every_epochs": Key(0.0, "on eval_split while training; 0: at the end only", interval="[0, 1e6]"),
+    "evaluate_every_epochs": Key(0.0, "on eval_split while training; 0: at the end only", AMOUNT),
   }
 
 
@@ -78,57 +78,41 @@ _PRECISIONS = tuple(encoders.DTYPES)
 
 # Every key by its sections.
 TREE: dict[str, Any] = {
-  "seed": Key(0, "of parameters, data order and augmentation", interval="[0, 2147483648)"),
-  "batch_size": Key(512, "images (not views) in a global batch, over all devices", interval="[1, 16777216]"),
-  "total_epochs": Key(100.0, "length of pretraining", interval="(0, 1e6]"),
-  "total_steps": Key(0, "above 0: so many steps in place of total_epochs", interval="[0, 2147483648)"),
-  "micro_batches": Key(
-    1,
-    "parts of a batch that go through the network one after the other; BatchNorm sees one part",
-    interval="[1, 16777216]",
-  ),
-  "eval_batch_size": Key(
-    256, "over all devices; changes speed only, every example counts once", is_free=True, interval="[1, 16777216]"
-  ),
+  "seed": Key(0, "of parameters, data order and augmentation", WHOLE),
+  "batch_size": Key(512, "images (not views) in a global batch, over all devices", COUNT),
+  "total_epochs": Key(100.0, "length of pretraining", POSITIVE),
+  "total_steps": Key(0, "above 0: so many steps in place of total_epochs", WHOLE),
+  "micro_batches": Key(1, "parts of a batch that go through the network in turn; BatchNorm sees one part", COUNT),
+  "eval_batch_size": Key(256, "over all devices; changes speed only, every example counts once", COUNT, is_free=True),
   "data": {
     "source": Key("tfds", "tfds, folder, arrays (an .npz file) or shapes (built in)", choices=sources.SOURCES),
     "name": Key("cifar10", "of the TFDS data set, with /config where it has one"),
     "dir": Key("", "TFDS data_dir ('' is its default), folder of images, or .npz file", is_path=True, is_free=True),
     "train_split": Key("train", "sub-splits too: train[:90%]"),
     "eval_split": Key("test", "'' pretrains without held-out images"),
-    "image_size": Key(32, "side of the network's input in pixels", interval="[1, 4096]"),
-    "shards": Key(
-      16, "parts with an order of their own; hosts divide them, they divide the batch", interval="[1, 1048576]"
-    ),
-    "shuffle_window": Key(
-      2048, "records of a part shuffled together where the data does not fit in memory", interval="[1, 2147483648)"
-    ),
+    "image_size": Key(32, "side of the network's input in pixels", PIXELS),
+    "shards": Key(16, "parts with an order of their own; hosts divide them, they divide the batch", COUNT),
+    "shuffle_window": Key(2048, "records of a part shuffled together where the data does not fit in memory", COUNT),
     "cache": Key(True, "keep the encoded images in memory; each epoch is then one permutation of a part"),
     "resident": Key(False, "keep all images, of one size, decoded on every device; the host feeds nothing then"),
-    "steps_per_dispatch": Key(
-      20, "at most so many steps of resident data in one dispatch", is_free=True, interval="[1, 1048576]"
-    ),
-    "examples": Key(0, "images in a split of the built-in shapes", interval="[0, 2147483648)"),
-    "max_bad_share": Key(
-      0.01, "share of a folder's images that may be corrupt before the run stops", interval="[0, 1]"
-    ),
+    "steps_per_dispatch": Key(20, "at most so many steps of resident data in one dispatch", COUNT, is_free=True),
+    "examples": Key(0, "images in a split of the built-in shapes", WHOLE),
+    "max_bad_share": Key(0.01, "share of a folder's images that may be corrupt before the run stops", UNIT),
   },
   "augment": {
     "place": Key(
-      "device",
-      "device: the host crops, colours and blur are part of the step; host: all in tf.data",
-      choices=("host", "device"),
+      "device", "device: the host crops, the step does the rest; host: all in tf.data", choices=("host", "device")
     ),
     "dtype": Key("float32", "of the device's part", choices=_PRECISIONS),
     "resize": Key("bicubic", "the host's crops where place is device; bilinear is faster", choices=distortion.RESIZES),
-    "min_area": Key(0.08, "smallest share of the image in a random crop", interval="(0, 1]"),
-    "max_area": Key(1.0, "largest share of the image in a random crop", interval="(0, 1]"),
+    "min_area": Key(0.08, "smallest share of the image in a random crop", SHARE),
+    "max_area": Key(1.0, "largest share of the image in a random crop", SHARE),
     "flip": Key(True, "mirror half of the views"),
-    "color_strength": Key(1.0, "v1 appendix A: 1.0 for ImageNet, 0.5 for CIFAR-10", interval="[0, 5]"),
+    "color_strength": Key(1.0, "v1 appendix A: 1.0 for ImageNet, 0.5 for CIFAR-10", AMOUNT),
     "brightness": Key("multiplicative", "multiplicative (v2) or additive (v1)", choices=distortion.BRIGHTNESS),
-    "color_probability": Key(0.8, "of the colour jitter", interval="[0, 1]"),
-    "grayscale_probability": Key(0.2, "of the conversion to grey", interval="[0, 1]"),
-    "blur_probability": Key(0.5, "of the blur; 0 for CIFAR-10", interval="[0, 1]"),
+    "color_probability": Key(0.8, "of the colour jitter", UNIT),
+    "grayscale_probability": Key(0.2, "of the conversion to grey", UNIT),
+    "blur_probability": Key(0.5, "of the blur; 0 for CIFAR-10", UNIT),
     "compose": Key(
       "",
       "v1 figure 5, in place of flip, colours and blur: both views are one random crop, the second goes through"
@@ -137,56 +121,37 @@ TREE: dict[str, Any] = {
   },
   "model": {
     "encoder": Key("resnet", "the network", choices=encoders.ENCODERS),
-    "depth": Key(50, "10, 18, 34, 50, 101, 152 or 200", interval="[1, 1000]"),
-    "width": Key(1.0, "multiplies the channels", interval="(0, 64]"),
-    "sk_ratio": Key(0.0, "0.0625 turns on selective kernels and the ResNet-D stem and shortcuts", interval="[0, 1]"),
-    "se_ratio": Key(0.0, "above 0 turns on squeeze-and-excite", interval="[0, 1]"),
+    "depth": Key(50, "10, 18, 34, 50, 101, 152 or 200", COUNT),
+    "width": Key(1.0, "multiplies the channels", WIDTH),
+    "sk_ratio": Key(0.0, "0.0625 turns on selective kernels and the ResNet-D stem and shortcuts", UNIT),
+    "se_ratio": Key(0.0, "above 0 turns on squeeze-and-excite", UNIT),
     "small_images": Key(False, "CIFAR stem: 3x3 stride 1, no pooling"),
     "dtype": Key("float32", "of activations; statistics and loss are at least float32", choices=_PRECISIONS),
     "param_dtype": Key("float32", "of parameters", choices=_PRECISIONS),
-    "remat": Key(
-      "none",
-      "what the backward pass computes again: none, convs (all but convolutions) or blocks (whole "
-      "residual blocks), for all groups or one each: blocks,convs,none,none",
-      is_free=True,
-    ),
+    "remat": Key("none", "recomputed by the backward pass: none, convs, blocks, or one of them a group", is_free=True),
   },
   "head": {
-    "layers": Key(3, "of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2", interval="[0, 100]"),
-    "out_dim": Key(128, "dimension of z", interval="[1, 1048576]"),
+    "layers": Key(3, "of the projection head: 0 none, 1 linear, 2 in v1, 3 in v2", LAYERS),
+    "out_dim": Key(128, "dimension of z", COUNT),
     "finetune_from": Key(
-      0,
-      "layer that feeds finetune's classifier: 0 is the encoder's h, 1 the first layer (v2 for few"
-      " labels), -1 the last; the layers up to it learn too",
-      interval="[-1, 100]",
+      0, "layer under finetune's classifier: 0 the encoder's h, 1 the first (v2), -1 the last", LAYER
     ),
-    "evaluate_from": Key(0, "the same for linear_eval, knn, transfer and embed", interval="[-1, 100]"),
+    "evaluate_from": Key(0, "the same for linear_eval, knn, transfer and embed", LAYER),
     "online": Key(True, "train a linear classifier beside it, behind stop_gradient, where the images have labels"),
   },
   "loss": {
     "kind": Key(
-      "nt_xent",
-      "dcl leaves the positive out of the denominator, in sup_con the same label attracts, the others are"
-      " those of v1 table 4",
-      choices=losses.KINDS,
+      "nt_xent", "dcl: no positive below; sup_con: one label attracts; others: v1 table 4", choices=losses.KINDS
     ),
-    "temperature": Key(0.1, "divides the similarities", interval="(0, 1e6]"),
+    "temperature": Key(0.1, "divides the similarities", POSITIVE),
     "normalize": Key(True, "L2-normalise the embeddings"),
-    "margin": Key(0.8, "of the two margin losses", interval="(0, 1e6]"),
-    "scale": Key(
-      2.0,
-      "times the paper's mean over 2N; the reference sums two means over N; metrics log the paper's",
-      interval="(0, 1e6]",
-    ),
+    "margin": Key(0.8, "of the two margin losses", POSITIVE),
+    "scale": Key(2.0, "times the paper's mean over 2N; the reference sums two means over N", POSITIVE),
   },
   "optimizer": _optimizer("lars", 0.3, 10.0, 1e-6),
   "memory": {
-    "size": Key(
-      0,
-      "embeddings in the queue of negatives from earlier steps (v2 section 3.1: 65536); 0: none",
-      interval="[0, 2147483648)",
-    ),
-    "decay": Key(0.999, "of the moving average of the weights that embed them", interval="[0, 1)"),
+    "size": Key(0, "embeddings in the queue of negatives from earlier steps (v2 section 3.1: 65536); 0: none", WHOLE),
+    "decay": Key(0.999, "of the moving average of the weights that embed them", BELOW_1),
   },
   "sharding": {
     "parameters": Key(
@@ -196,44 +161,22 @@ TREE: dict[str, Any] = {
       is_free=True,
     ),
   },
-  "log_every_steps": Key(50, "interval of metric rows", is_free=True, interval="[1, 2147483648)"),
-  "evaluate_every_epochs": Key(
-    10.0, "what pretrain measures beside the loss (see monitor); 0: at the end only", is_free=True, interval="[0, 1e6]"
-  ),
+  "log_every_steps": Key(50, "interval of metric rows", COUNT, is_free=True),
+  "evaluate_every_epochs": Key(10.0, "interval of what pretrain measures beside; 0: at the end", AMOUNT, is_free=True),
   "monitor": {
-    "knn_images": Key(
-      5000,
-      "training images whose features vote on eval_split; 0: no online kNN",
-      is_free=True,
-      interval="[0, 2147483648)",
-    ),
-    "knn_neighbours": Key(20, "all where there are fewer images", is_free=True, interval="[1, 2147483648)"),
-    "pairs": Key(
-      512,
-      "of views, for alignment, uniformity and effective rank; 0: none of these",
-      is_free=True,
-      interval="[0, 2147483648)",
-    ),
+    "knn_images": Key(5000, "training images whose features vote on eval_split; 0: no online kNN", WHOLE, is_free=True),
+    "knn_neighbours": Key(20, "all where there are fewer images", COUNT, is_free=True),
+    "pairs": Key(512, "of views, for alignment, uniformity and effective rank; 0: none of these", WHOLE, is_free=True),
   },
-  "checkpoint_every_epochs": Key(1.0, "interval of checkpoints", is_free=True, interval="[0, 1e6]"),
-  "checkpoint_every_steps": Key(
-    0, "above 0: in place of checkpoint_every_epochs", is_free=True, interval="[0, 2147483648)"
-  ),
-  "keep_checkpoints": Key(3, "the number of latest checkpoints that stay", is_free=True, interval="[1, 2147483648)"),
-  "keep_every_epochs": Key(
-    0.0, "checkpoints at multiples of this stay for good; 0: none", is_free=True, interval="[0, 1e6]"
-  ),
-  "checkpoint": Key(
-    "", "what the jobs after pretraining start from: a run, one of its checkpoints, or random", is_path=True
-  ),
+  "checkpoint_every_epochs": Key(1.0, "interval of checkpoints", AMOUNT, is_free=True),
+  "checkpoint_every_steps": Key(0, "above 0: in place of checkpoint_every_epochs", WHOLE, is_free=True),
+  "keep_checkpoints": Key(3, "the number of latest checkpoints that stay", COUNT, is_free=True),
+  "keep_every_epochs": Key(0.0, "checkpoints at multiples of this stay for good; 0: none", AMOUNT, is_free=True),
+  "checkpoint": Key("", "what later jobs start from: a run, one of its checkpoints, or random", is_path=True),
   "labels": {
-    "fraction": Key(
-      1.0, "share of the images of each class whose labels finetune, linear_eval, distill, knn see", interval="(0, 1]"
-    ),
-    "seed": Key(0, "of the choice", interval="[0, 2147483648)"),
-    "ids": Key(
-      "", "a file with one image name a line (the reference's imagenet_subsets), in place of a fraction", is_path=True
-    ),
+    "fraction": Key(1.0, "share of each class whose labels finetune, linear_eval, distill and knn see", SHARE),
+    "seed": Key(0, "of the choice", WHOLE),
+    "ids": Key("", "a file with one image name a line (imagenet_subsets), in place of a fraction", is_path=True),
   },
   "linear_eval": {
     # v1 appendix B.6.
@@ -246,40 +189,28 @@ TREE: dict[str, Any] = {
     ),
   },
   "probes": {
-    "passes": Key(
-      1,
-      "over the training images for protocol features: one uncropped, the others cropped and flipped",
-      interval="[1, 10000]",
-    ),
+    "passes": Key(1, "over the training images: the first uncropped, the others cropped and flipped", COUNT),
     "learning_rates": Key("0.01,0.03,0.1,0.3,1.0,3.0", "of the grid, each for 256 images, linearly scaled"),
     "weight_decays": Key("0.0,1e-6,1e-5,1e-4", "of the grid"),
-    "epochs": Key(100, "of the grid's classifiers", interval="[1, 1000000]"),
-    "batch_size": Key(512, "of the grid's classifiers", interval="[1, 16777216]"),
+    "epochs": Key(100, "of the grid's classifiers", COUNT),
+    "batch_size": Key(512, "of the grid's classifiers", COUNT),
     "l2_strengths": Key("1e-6,1e-5,1e-4,1e-3,1e-2", "of logistic regression on standardised features"),
-    "lbfgs_steps": Key(500, "at most, for each strength", interval="[1, 1000000]"),
-    "lbfgs_tolerance": Key(1e-4, "of the largest entry of the gradient, as scikit-learn's", interval="(0, 1e6]"),
-    "validation_share": Key(0.1, "of the training images; these choose the setting", interval="(0, 1)"),
+    "lbfgs_steps": Key(500, "at most, for each strength", COUNT),
+    "lbfgs_tolerance": Key(1e-4, "of the largest entry of the gradient, as scikit-learn's", POSITIVE),
+    "validation_share": Key(0.1, "of the training images; these choose the setting", INNER),
   },
   "finetune": {
     # v1 appendix B.5; without a checkpoint the supervised baseline.
     **_recipe(_optimizer("momentum", 0.05, 0.0, 0.0), 512, 60.0),
-    "after_block": Key(
-      -1, "what learns: -1 all, 0 what follows the stem, 1 to 4 what follows that block group", interval="[-1, 100]"
-    ),
+    "after_block": Key(-1, "what learns: -1 all, 0 what follows the stem, 1 to 4 what follows that block group", LAYER),
   },
   "distill": {
     # v2 section 3.3: LARS as in pretraining, 400 epochs, crop and flip.
     **_recipe(_optimizer("lars", 0.1, 10.0, 1e-4, "sqrt"), 512, 400.0),
     "zero_init": Key(False, "the classifier starts at zero where weights are loaded"),
-    "teacher": Key(
-      "", "a run of finetune, linear_eval or distill (or of pretrain: its online classifier)", is_path=True
-    ),
-    "temperature": Key(
-      1.0, "v2: 1.0 from a big network to a small one, 0.1 for self-distillation", interval="(0, 1e6]"
-    ),
-    "label_weight": Key(
-      0.0, "1 - alpha of v2's equation 3: of the cross-entropy of the images with labels", interval="[0, 1]"
-    ),
+    "teacher": Key("", "a run of finetune, linear_eval or distill (of pretrain: its online classifier)", is_path=True),
+    "temperature": Key(1.0, "v2: 1.0 from a big network to a small one, 0.1 for self-distillation", POSITIVE),
+    "label_weight": Key(0.0, "1 - alpha of v2's equation 3: of the cross-entropy of the images with labels", UNIT),
     "images": Key("all", "what the student sees of train_split", choices=("all", "labelled")),
     "cache_teacher": Key(False, "run the teacher once, on the centre crop, rather than on each crop of each step"),
   },
@@ -290,19 +221,17 @@ TREE: dict[str, Any] = {
   "transfer": {
     # v1 appendix B.8.
     "datasets": Key("paper", "TFDS names, NAME:TRAIN:VALIDATION:TEST, folder:DIR, or paper: its twelve"),
-    "l2_strengths": Key(45, "number of strengths, evenly spaced in the logarithm", interval="[1, 1000]"),
-    "l2_low": Key(1e-6, "the smallest, on sums over examples as in the paper", interval="(0, 1e30]"),
-    "l2_high": Key(1e5, "the largest", interval="(0, 1e30]"),
-    "lbfgs_steps": Key(1000, "at most, for each strength", interval="[1, 1000000]"),
-    "lbfgs_tolerance": Key(1e-4, "of the largest entry of the gradient", interval="(0, 1e6]"),
-    "validation_share": Key(
-      0.2, "of the training images of a data set that has no validation split", interval="(0, 1)"
-    ),
+    "l2_strengths": Key(45, "number of strengths, evenly spaced in the logarithm", COUNT),
+    "l2_low": Key(1e-6, "the smallest, on sums over examples as in the paper", POSITIVE),
+    "l2_high": Key(1e5, "the largest", POSITIVE),
+    "lbfgs_steps": Key(1000, "at most, for each strength", COUNT),
+    "lbfgs_tolerance": Key(1e-4, "of the largest entry of the gradient", POSITIVE),
+    "validation_share": Key(0.2, "of the training images of a data set that has no validation split", INNER),
   },
   "embed": {
     "split": Key("train", "which split"),
     "format": Key("npz", "of the files", choices=("npz", "parquet")),
-    "rows_per_file": Key(8192, "images in one file", interval="[1, 2147483648)"),
+    "rows_per_file": Key(8192, "images in one file", COUNT),
   },
 }
 

@@ -61,7 +61,7 @@ def test_neighbours_without_a_label_neither_vote_nor_count():
   with_none = neighbours.accuracies((train, label), (test, other), **keys)
   known, counted = label >= 0, other >= 0
   assert with_none == neighbours.accuracies((train[known], label[known]), (test[counted], other[counted]), **keys)
-  with pytest.raises(errors.UserError, match="no held-out image has a label"):
+  with pytest.raises(errors.UserError, match="no image of a split has a label"):
     neighbours.accuracies((train, label), (test, other * 0 - 1), **keys)
 
 

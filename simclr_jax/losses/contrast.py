@@ -104,9 +104,7 @@ def contrast(
     queue: f32[M, D], replicated: embeddings of earlier steps, scored without normalisation as further negatives of
       every row. They get no gradient.
     filled: i32[], number of valid rows at the start of the queue; None for all.
-
-  Raises:
-    UserError: an argument does not fit the kind, z or the mesh.
+  UserError: an argument does not fit the kind, z or the mesh.
   """
   _check(kind, z, temperature, 1 if mesh is None else mesh.shape[sharding.AXIS], block_size)
   loss, z = KINDS[kind], z.astype(jnp.promote_types(z.dtype, jnp.float32))

@@ -34,8 +34,7 @@ class Architecture(NamedTuple):
 def of(shapes: Shapes) -> Architecture:
   """Returns the architecture of the network whose variables have these names, those of `names.paths`, and shapes.
 
-  Raises:
-    UserError: there is no encoder, or no width and ratio give its channels.
+  UserError: there is no encoder, or no width and ratio give its channels.
   """
   if not any(name.startswith("base_model/") for name in shapes):
     raise errors.UserError("there is no encoder (base_model/...) among the variables; give a whole checkpoint.")

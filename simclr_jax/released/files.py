@@ -46,9 +46,7 @@ def read(source: str, *, ema: bool) -> Contents:
 
   `source` is a checkpoint's prefix (`model.ckpt-250228`) or one of its files, or the folder of a checkpoint or of a
   SavedModel; local or gs://.
-
-  Raises:
-    UserError: there is no such file, it cannot be read, or it has no moving averages.
+  UserError: there is no such file, it cannot be read, or it has no moving averages.
   """
   if importlib.util.find_spec("tensorflow") is None:
     raise errors.UserError(
@@ -76,9 +74,7 @@ def tf1_names(full_names: Mapping[str, str]) -> dict[str, str]:
   kernel`) and calls batch norms with global statistics `sync_batch_normalization`. It numbers the layers of each class
   through the whole network in order of creation, as TF1 does: shortcuts come first in their block. Names of variables
   outside the network are returned unchanged.
-
-  Raises:
-    UserError: two variables get the same name.
+  UserError: two variables get the same name.
   """
   scope = r"(?:.*/)?"
   layer = r"(?:sync_)?(conv2d|dense|batch_normalization)"

@@ -110,9 +110,7 @@ def paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
   The architecture is inferred from the names and shapes given; a part (encoder, projection head, linear head) without
   any variable is left out. Variables that are missing or unknown show in the difference between the names given and
   those returned.
-
-  Raises:
-    UserError: the convolutions are those of no encoder, or a batch norm does not fit the convolution before it.
+  UserError: the convolutions are those of no encoder, or a batch norm does not fit the convolution before it.
   """
   result = {}
   if any(name.startswith("base_model/") for name in shapes):
@@ -135,9 +133,7 @@ def tree_of(variables: Mapping[str, Any]) -> dict[str, Any]:
   Both have the keys `encoder`, `projection_head` and `linear_head`, as far as variables of that part are given; depth,
   width, stem, selective kernels and number of projection layers are those of the variables. The arrays are returned
   as they are, in their own dtype.
-
-  Raises:
-    UserError: there are no variables, one does not belong to the network, or one is missing.
+  UserError: there are no variables, one does not belong to the network, or one is missing.
   """
   if not variables:
     raise errors.UserError("no variables came; give arrays under the reference's checkpoint names.")
@@ -170,8 +166,7 @@ def _norm_paths(name: str, path: Path, *, beta: bool = True) -> dict[str, Path]:
 def form_of(shapes: Mapping[str, tuple[int, ...]]) -> Form:
   """Returns the form of the encoder with these kernels, in the order of their numbers; ignores other parts.
 
-  Raises:
-    UserError: no encoder has these kernels.
+  UserError: no encoder has these kernels.
   """
   kernels = {}
   for name, shape in shapes.items():

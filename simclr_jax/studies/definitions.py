@@ -29,8 +29,7 @@ class Axis:
   def chosen(self, text: str, option: str) -> tuple[str, ...]:
     """Returns the labels in the text of the option `rows` or `columns`, each once.
 
-    Raises:
-      UserError: a label is not a value of this axis.
+    UserError: a label is not a value of this axis.
     """
     return tuple(dict.fromkeys(self._chosen(part.strip(), option, text) for part in text.split(",")))
 
