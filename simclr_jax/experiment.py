@@ -28,10 +28,6 @@ from simclr_jax.training import state as state_lib
 RECIPES = ("linear_eval", "finetune", "distill")
 
 
-# Labels that are read of a split that is streamed, to see whether it has any.
-LOOKED_AT = 1024
-
-
 class Optimizer(NamedTuple):
   """An optimizer, its schedule (step -> learning rate) and the steps of the run."""
 
@@ -98,14 +94,16 @@ class Experiment:
     return self.images_of(self.config.data.train_split)
 
   @functools.cached_property
+  def classes(self) -> int:
+    """Classes of the training images, 0 where none has a label."""
+    return self.train.num_classes if has_labels(self.train) else 0
+
+  @functools.cached_property
   def held_out(self) -> source.Source:
     """The split that the job counts on."""
     if not self.config.data.eval_split:
-      raise errors.UserError(
-        f"{self.job} counts on held-out images; set --config.data.eval_split, for example to test."
-      )
+      raise errors.UserError(f"{self.job} counts on held-out images; set --config.data.eval_split, such as test.")
     images = self.images_of(self.config.data.eval_split)
-    # Images without a label cannot be counted on.
     return self._of_rows(images, _with_labels(images, np.arange(images.num_examples)))
 
   @functools.cached_property
@@ -300,12 +298,10 @@ class Experiment:
     return found
 
 
-def has_labels(images: source.Source) -> bool:
-  """Returns whether an image of a split has a label; of one that is streamed from files, one of the first."""
-  if not images.num_classes:
-    return False
-  known = images if images.holds_labels else images.consecutive(0, min(LOOKED_AT, images.num_examples))
-  return bool(np.any(known.labels() >= 0))
+def has_labels(images: source.Source, most: int = 1024) -> bool:
+  """Returns whether an image of a split (of one that is streamed from files, one of the first `most`) has a label."""
+  known = images if images.holds_labels else images.consecutive(0, min(most, images.num_examples))
+  return images.num_classes > 0 and bool(np.any(known.labels() >= 0))
 
 
 def _with_labels(images, rows):
@@ -313,9 +309,7 @@ def _with_labels(images, rows):
   if not images.num_classes:
     return rows
   if not has_labels(images):
-    raise errors.UserError(
-      f"{images.name} has {images.num_classes} classes but no labels (-1); name a split with labels."
-    )
+    raise errors.UserError(f"{images.name}: no image has a label (all are -1); name a split with labels.")
   return rows[images.labels()[rows] >= 0] if images.holds_labels else rows
 
 

@@ -39,12 +39,13 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
   variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
   apply = jax.jit(lambda x: model.apply(variables, x, train=False).astype(jnp.float32))
 
+  encoded = lambda _, images: apply(images)
+
   def of_files(names):
     batches = inputs.evaluation(
       _files(names), config.data.image_size, batch_size=BATCH, is_resident=False, shared=False
     )
-    encoded = lambda variables, images: model.apply(variables, images, train=False)
-    return features.of_split(encoded, variables, batches(), mesh).x
+    return features.of_split(encoded, (), batches(), mesh).x
 
   def encode(images: np.ndarray | Sequence[str | os.PathLike]) -> np.ndarray:
     """Returns f32[N, D] of images u8 or f32 in [0, 1] [N, H, W, 3], or of N files, which are cropped as in `embed`."""

@@ -14,7 +14,7 @@ from simclr_jax.models import encoders
 
 Value = bool | int | float | str
 
-COUNT, WHOLE, AMOUNT, POSITIVE = "[1, 2147483648)", "[0, 2147483648)", "[0, 1e30]", "(0, 1e30]"
+COUNT, WHOLE, AMOUNT, POSITIVE = "[1, 2147483648)", "[0, 2147483648)", "[0, 1e9]", "(0, 1e9]"
 SHARE, INNER, UNIT, BELOW_1 = "(0, 1]", "(0, 1)", "[0, 1]", "[0, 1)"
 PIXELS, WIDTH, LAYERS, LAYER = "[1, 4096]", "(0, 64]", "[0, 100]", "[-1, 100]"
 
@@ -159,7 +159,7 @@ TREE: dict[str, Any] = {
       "sharded: parameters and optimizer state are split over the devices",
       choices=("replicated", "sharded"),
       is_free=True,
-    ),
+    )
   },
   "log_every_steps": Key(50, "interval of metric rows", COUNT, is_free=True),
   "evaluate_every_epochs": Key(10.0, "interval of what pretrain measures beside; 0: at the end", AMOUNT, is_free=True),

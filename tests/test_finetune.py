@@ -93,7 +93,9 @@ def test_listed_images_of_one_name_are_told_apart_by_folder(tmp_path):
     ids.write_text(text)
     np.testing.assert_array_equal(subset.listed(names, str(ids)), rows)
   ids.write_text("1.png")
-  with pytest.raises(errors.UserError, match=r"names 1.png, and the split has cat/1.png and dog/1.png; list paths"):
+  with pytest.raises(
+    errors.UserError, match=r"names 1.png, and the split has cat/1.png and dog/1.png; list whole paths"
+  ):
     subset.listed(names, str(ids))
 
 

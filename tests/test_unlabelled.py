@@ -155,4 +155,4 @@ def test_a_job_that_finds_no_label_says_so(pair, capsys):
   argv = ["--config=cifar10", *options, "--config.checkpoint=random", "--config.data.image_size=16"]
   for name in ("finetune", "linear_eval", "knn"):
     assert command.main([name, *argv, f"--workdir={pair}/{name}"]) == 2
-    assert "none.npz (train) has 4 classes but no labels (-1); name a split with labels." in capsys.readouterr().err
+    assert "none.npz (train): no image has a label (all are -1); name a split with labels." in capsys.readouterr().err

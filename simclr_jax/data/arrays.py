@@ -18,8 +18,6 @@ from PIL import Image
 from simclr_jax import errors
 from simclr_jax.data import source as source_lib
 
-MAX_CLASSES = 2**20  # A larger label is a mistake: the classifier alone would not fit in memory.
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays(source_lib.Source):
@@ -174,10 +172,10 @@ def _labels(arrays: Mapping[str, np.ndarray], split: str, count: int, name: str)
     raise errors.UserError(
       f"{split}_labels of {name} is {labels.dtype}{list(labels.shape)}, wanted int[{count}]; give each image one."
     )
-  if labels.size and not -1 <= labels.min() <= labels.max() < MAX_CLASSES:
+  if labels.size and not -1 <= labels.min() <= labels.max() < 2**20:  # A classifier of more would not fit in memory.
     raise errors.UserError(
       f"{split}_labels of {name} has labels from {labels.min()} to {labels.max()}; number the classes from 0, and give "
-      f"images without a label -1 (largest label: {MAX_CLASSES - 1})."
+      "images without a label -1 (largest label: 1048575)."
     )
   every = [np.asarray(arrays[key]) for key in arrays if key.endswith("_labels")]
   return labels.astype(np.int32), max((int(labels.max()) + 1 for labels in every if labels.size), default=0)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -14,6 +15,10 @@ from simclr_jax import errors
 from simclr_jax.data import composition, device_augment, order, prefetch, resident, source
 from simclr_jax.data import distortion as distortions
 from simclr_jax.hardware import sharding
+
+# Imported late: they import TensorFlow, which a resident run must do without.
+_host = functools.partial(importlib.import_module, "simclr_jax.data.host_augment")
+_pipeline = functools.partial(importlib.import_module, "simclr_jax.data.pipeline")
 
 Batch = dict[str, jax.Array]
 Rows = dict[str, np.ndarray]
@@ -263,19 +268,6 @@ def _keys(plan, batch):
 def _spread(batch, rows):
   """Returns evenly spaced rows of a batch: the first ones would come from the first shards of the data alone."""
   return jax.tree.map(lambda x: x[np.arange(rows) * len(x) // rows], batch)
-
-
-def _host():
-  # Imported late, as `pipeline` is: it imports TensorFlow, which a resident run must do without.
-  from simclr_jax.data import host_augment
-
-  return host_augment
-
-
-def _pipeline():
-  from simclr_jax.data import pipeline
-
-  return pipeline
 
 
 def _process():

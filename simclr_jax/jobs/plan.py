@@ -82,7 +82,6 @@ def run(
     raise errors.UserError(f"--devices got '{devices}'; it wants a number from 1 to {count}.")
   count = devices or count
   path = epath.Path(workdir) / "plan.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
   command = "python -m simclr_jax " + " ".join(sys.argv[1:])
   facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": mfu, "config": config.to_dict()}
   plans, rows = [], []

@@ -44,10 +44,9 @@ def run(
   """
   this = experiment.Experiment(config, "pretrain", workdir)
   train = this.train
-  classes = train.num_classes if experiment.has_labels(train) else 0
-  if config.loss.kind == "sup_con" and not classes:
+  if config.loss.kind == "sup_con" and not this.classes:
     raise errors.UserError("config.loss.kind sup_con attracts images of one label, and these have none; use nt_xent.")
-  model = this.network.pretraining_model(classes)
+  model = this.network.pretraining_model(this.classes)
   optimizer, images = this.optimizer(train.num_examples), this.pairs(train)
   objective = this.contrastive(model, images.prepare)
   if profile_input:
@@ -55,7 +54,7 @@ def run(
     flops = this.network.passes * this.network.forward_flops(model, state)
     return profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
   views = _views_of(this, images)
-  options = {"evaluate": _evaluate_of(this, model, views, classes), "profile_steps": profile_steps}
+  options = {"evaluate": _evaluate_of(this, model, views), "profile_steps": profile_steps}
   state = this.state(model, optimizer.tx)
   flops = this.network.step_flops(this.network.forward_flops(model, state))
   settings = this.run(objective, optimizer, train.num_examples, flops_per_step=flops, **options)
@@ -72,7 +71,7 @@ def run(
   return result
 
 
-def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views, classes: int) -> loop.Evaluate | None:
+def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views) -> loop.Evaluate | None:
   """Returns state -> metrics, called by all processes alike, or None where there is nothing to measure.
 
   `eval/online_*` (accuracies, loss, examples) and `eval/knn_top1` of the held-out split; `eval/alignment`,
@@ -81,10 +80,10 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
   """
   config, knobs, train = this.config, this.config.monitor, this.train
   parts = []
-  if classes and config.data.eval_split and (model.linear_head or knobs.knn_images):
+  if this.classes and config.data.eval_split and (model.linear_head or knobs.knn_images):
     if this.held_out.num_classes:
       known = this.rows(train.sample(knobs.knn_images, config.seed)) if knobs.knn_images else None
-      options = {"knn_neighbours": knobs.knn_neighbours, "classes": classes}
+      options = {"knn_neighbours": knobs.knn_neighbours, "classes": this.classes}
       options["gather_params"] = this.gather_params
       parts.append(monitor.held_out_accuracies(model, this.mesh, this.rows(this.held_out), known, **options))
     else:

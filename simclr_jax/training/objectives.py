@@ -73,8 +73,8 @@ class Objective:
     return batch_stats
 
   def totals(self, batch: Batch, *constants: Any) -> Any:
-    """Returns sums over the whole batch that `forward` needs of every micro-batch."""
-    return None
+    """Returns the sums over the whole batch that `forward` needs with every micro-batch: i32[], its labelled images."""
+    return jnp.sum(batch["label"] >= 0)
 
   def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
     """Returns what the network makes of one of `parts` micro-batches."""
@@ -106,10 +106,6 @@ class Contrastive(Objective):
   queue_decay: float = 0.999  # Of the averaged weights that fill the queue of negatives, where the state has one.
   mesh: jax.sharding.Mesh | None = None
   shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
-
-  def totals(self, batch: Batch, *constants: Any) -> jax.Array:
-    """Returns i32[], the labelled images of the batch."""
-    return jnp.sum(batch["label"] >= 0)
 
   def forward(self, variables: Any, rows: Batch, totals: jax.Array, parts: int) -> Output:
     z, logits, updates = self._embedded(self.model, variables, rows)
@@ -169,10 +165,6 @@ class Classification(Objective):
 
   def moving(self, batch_stats: Any) -> Any:
     return simclr.moving_part(self.model, batch_stats)
-
-  def totals(self, batch: Batch, *constants: Any) -> jax.Array | None:
-    """Returns i32[], the labelled images of the batch, where their labels count."""
-    return jnp.sum(batch["label"] >= 0)
 
   def forward(self, variables: Any, rows: Batch, totals: Any, parts: int, *constants: Any) -> Output:
     rows = self.prepare(rows)
