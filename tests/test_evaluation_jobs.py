@@ -1,7 +1,6 @@
 """The jobs that evaluate frozen features, knn and linear_eval's protocol `features`, by their commands."""
 
 import json
-import types
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from runs import TINY, job
 from simclr_jax import __main__ as command
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, inference, numbers
+from simclr_jax.data import arrays
 from simclr_jax.evaluation import features
 from simclr_jax.jobs import linear_eval
 from simclr_jax.version import __version__
@@ -62,7 +62,10 @@ def evaluate(monkeypatch, tmp_path):
 
   def run(train, test, *overrides):
     table = {"train": train, "test": test}
-    split_of = lambda _, name: types.SimpleNamespace(name=name, num_examples=len(table[name][0]), num_classes=4)
+    images = {
+      name: arrays.Arrays(name, x, np.zeros(len(x), np.int32), tuple("abcd")) for name, (x, *_) in table.items()
+    }
+    split_of = lambda _, name: images[name]
     passes = []
     monkeypatch.setattr(inference, "representation", lambda run: inference.Representation(None, None, layer=0))
     monkeypatch.setattr(experiment.Experiment, "images_of", split_of)

@@ -90,7 +90,7 @@ def _in_order(parts):
 
 def labelled(found: Features) -> Features:
   """Returns the rows f[..., n, D] that have a label (any but -1, all of a multi-label split); a UserError for none."""
-  x, label = found
+  x, label = (np.asarray(part) for part in found)
   if not np.any(label >= 0):
     raise errors.UserError("no image of a split has a label; choose another split.")
   if label.ndim > 1 or np.all(label >= 0):
