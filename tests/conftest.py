@@ -1,5 +1,6 @@
 """One virtual CPU device and quick compilation for every test that asks for nothing else; fixtures; the real data."""
 
+import ctypes
 import gc
 import pathlib
 import resource
@@ -22,7 +23,7 @@ FIXTURES = pathlib.Path(__file__).parent / "reference"
 VISIBLE = {"devices": 1}
 
 # Where Linux says how much memory this process has, its second number in pages; and when that is much, in bytes.
-STATM, LARGE = pathlib.Path("/proc/self/statm"), 2 * 2**30
+STATM, LARGE = pathlib.Path("/proc/self/statm"), 3 * 2**29
 
 
 def _show_devices() -> None:
@@ -57,6 +58,8 @@ def _memory():
   yield
   if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > LARGE:
     jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # The input pipeline has told the allocator to keep what is freed.
 
 
 def pytest_collection_finish():
