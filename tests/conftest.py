@@ -62,6 +62,11 @@ def _memory():
     ctypes.CDLL(None).malloc_trim(0)  # The input pipeline has told the allocator to keep what is freed.
 
 
+def pytest_collection_modifyitems(items):
+  """Lets the tests that need most memory come first, while a worker holds little else."""
+  items.sort(key=lambda item: item.get_closest_marker("large") is None)
+
+
 def pytest_collection_finish():
   """Leaves what was imported, half a million objects, out of garbage collection, and collects less often.
 

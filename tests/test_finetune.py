@@ -31,6 +31,7 @@ CASES = {"linear_frozen_bn": WHOLE, "linear_frozen_bn_wd": HEAD, "finetune_selec
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps_are_the_reference_s(reference, monkeypatch, x64, name):
   float64_convolution.patch(monkeypatch)

@@ -16,7 +16,7 @@ from simclr_jax.training import state as state_lib
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
+@pytest.mark.large
 # Three steps of momentum: the third loss follows from an update that the buffer went into.
 @pytest.mark.parametrize(("name", "steps"), [("lars", 6), ("momentum", 3)])
 def test_steps_are_the_reference_s(reference, monkeypatch, x64, name, steps):
