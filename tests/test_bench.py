@@ -112,6 +112,7 @@ def without_lightly(monkeypatch):
   hide(monkeypatch, "lightly")
 
 
+@pytest.mark.slow
 def test_every_contestant_computes_the_same_loss_and_gradient():
   z = jnp.asarray(loss.embeddings(24))
   (want, want_metrics), want_grad = jax.value_and_grad(loss.dense, has_aux=True)(z)
@@ -151,6 +152,7 @@ def test_the_job_writes_what_it_prints_and_adds_a_line_to_the_record(tmp_path, c
   assert blockwise["seconds_of_dense"] == blockwise["seconds"] / dense["seconds"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_or_takes_too_long_is_compiled_and_not_run(tmp_path, monkeypatch):
   only(monkeypatch, "dense", "blockwise")
   without_lightly(monkeypatch)
@@ -176,6 +178,7 @@ def test_a_slow_loss_is_run_once(monkeypatch):
   assert len(measure.timed(lambda: calls.append(1))) == 1
 
 
+@pytest.mark.slow
 def test_lightly_is_timed_in_a_process_of_its_own_where_it_is_installed(tmp_path, monkeypatch, stubbed):
   only(monkeypatch, "dense")
   stubbed(STUB)
@@ -256,6 +259,7 @@ def test_outside_of_a_checkout_nothing_is_recorded(checkout):
   assert not list((checkout / "results").iterdir())
 
 
+@pytest.mark.slow
 def test_the_plain_network_is_ours_with_other_layers(monkeypatch):
   for table in (resnet.BLOCKS, resnet.BASIC_BLOCKS):
     monkeypatch.setitem(table, 10, (1, 1))
@@ -310,6 +314,7 @@ def test_pytorchs_loss_and_step_are_those_of_the_others():
   assert later["loss"] < first["loss"]
 
 
+@pytest.mark.slow
 def test_the_step_is_timed_with_the_plain_one_in_turns(short, monkeypatch, capsys):
   hide(monkeypatch, "torch")
   result = step.run(TINY, rounds=2)
@@ -319,12 +324,14 @@ def test_the_step_is_timed_with_the_plain_one_in_turns(short, monkeypatch, capsy
   assert "PyTorch is left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_share_of_resident_input_is_measured(short):
   result = resident.run({**TINY, "data.examples": 64, "batch_size": 16}, rounds=2)
   assert result["seconds"]["input"] > 0
   assert result["share"] == result["seconds"]["input"] / result["seconds"]["step"]
 
 
+@pytest.mark.slow
 def test_the_input_is_measured_on_images_made_here(monkeypatch, capsys):
   monkeypatch.setattr(measure, "in_a_process", here)
   pinned = []

@@ -32,6 +32,7 @@ def saved_steps(tmp_path):
   return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_latest_and_the_multiples_stay(tmp_path, state):
   checkpoints = checkpoint.Checkpoints(str(tmp_path), {}, every_steps=1, keep=2, keep_every_steps=4)
   for step in range(1, 10):

@@ -128,6 +128,7 @@ def first_keys(count, position):
   return own_keys(3, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), position)
 
 
+@pytest.mark.slow
 def test_each_operation_is_that_of_numpy_with_random_numbers_of_its_own():
   images, keys = images_of(COUNT), first_keys(COUNT, 0)
   floats = unit(images).astype(np.float32)
@@ -211,6 +212,7 @@ def split():
   return arrays.from_mapping(named, "train")
 
 
+@pytest.mark.slow
 def test_a_streamed_pair_is_the_hosts_crop_and_that_crop_changed(split):
   images = inputs.pairs(split, DISTORTION, inputs.Plan(ORDER), sharding.data_mesh(), compose="rotate")
   prepare, seen = jax.jit(images.prepare), {}
@@ -225,6 +227,7 @@ def test_a_streamed_pair_is_the_hosts_crop_and_that_crop_changed(split):
   assert np.abs(first - second).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_resident_compositions_are_one_program_that_exchanges_no_images(split):
   mesh, lowered, distortion = sharding.data_mesh(), {}, Distortion(SIZE, min_area=0.5, flip=False)

@@ -65,6 +65,7 @@ def test_the_references_names_and_shapes_are_those_of_our_network(reference, nam
   assert shapes(convert.from_reference(given)) == shapes(abstract(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("ours", "theirs", "layers"),
   [

@@ -113,6 +113,7 @@ def converted(arrays, folder, *options) -> pathlib.Path:
   return run(reference_writer.write_folder(folder / "released", 250228, variables), folder / "run", *options)
 
 
+@pytest.mark.slow
 def test_the_encoder_and_heads_compute_what_the_reference_does(reference, tmp_path, monkeypatch):
   arrays = reference("resnet_r18_32")
   workdir = converted(arrays, tmp_path)
@@ -133,6 +134,7 @@ def test_the_encoder_and_heads_compute_what_the_reference_does(reference, tmp_pa
 
 
 # test_models compares what these networks compute, from the same variables.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["resnet_r18_32", *(pytest.param(f"resnet_{n}_64", marks=pytest.mark.slow) for n in ("r18", "r50_sk"))]
 )
@@ -147,6 +149,7 @@ def test_a_network_of_the_reference_is_converted_to_the_bit(reference, tmp_path,
   assert config["data"]["image_size"] == size
 
 
+@pytest.mark.slow
 def test_tf2_s_files_hold_the_same_network(tmp_path, tiny):
   tf2 = reference_writer.TF2(tiny, depth=10, layers=3)
   same(saved(run(tf2.checkpoint(tmp_path / "model" / "ckpt"), tmp_path / "one")), expected(tiny))
@@ -208,6 +211,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", SIZES, ids=lambda keys: "-".join(f"{value:g}" for value in keys.values()))
 def test_the_config_s_network_is_that_of_the_shapes(encoder):
   shapes = shapes_of(classes=1000, **encoder)

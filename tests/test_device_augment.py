@@ -164,6 +164,7 @@ def boxes(height, width, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3)):
   return jax.vmap(draw)(jax.random.split(jax.random.key(3), 20000))
 
 
+@pytest.mark.slow
 def test_crops_have_the_distribution_of_the_reference(reference):
   fixture = reference("crop_law")
   for height, width in fixture["sizes"].tolist():
@@ -179,6 +180,7 @@ def test_crops_have_the_distribution_of_the_reference(reference):
     np.testing.assert_allclose([seen.min(0), seen.max(0)], [wanted.min(0), wanted.max(0)], rtol=0.02, atol=3)
 
 
+@pytest.mark.slow
 def test_crops_have_the_distribution_of_the_host_in_other_ranges():
   for (height, width), ranges in {
     (40, 70): {"area": (0.5, 0.6), "aspect": (1.9, 2.1)},  # the width limits the height
@@ -236,6 +238,7 @@ def test_color_factors_and_the_sigma_are_uniform(monkeypatch):
   assert draw(color_strength=1.25)[0][:, 0].min() >= 0.0
 
 
+@pytest.mark.slow
 def test_each_change_is_as_frequent_as_asked():
   image = noise(SIZE, SIZE)
   views, keys = np.broadcast_to(image, (1000, 2, *image.shape)), example_keys(1000)
@@ -289,6 +292,7 @@ def statistics(views):
   return np.c_[views.mean((1, 2)), views.std((1, 2)), views.min((1, 2, 3)), views.max((1, 2, 3)), slopes, pixels]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["same crop", "same crop, blurred", "all of it"])
 def test_views_have_the_distributions_of_the_host(case):
   shape = (30, 40) if case == "all of it" else (SIZE, SIZE)
@@ -312,6 +316,7 @@ def test_views_have_the_distributions_of_the_host(case):
   assert max(distances) < 0.06, distances
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.optimized
 def test_views_are_the_same_on_eight_devices_without_any_exchange():
@@ -350,6 +355,7 @@ def test_bfloat16_is_within_a_few_levels_of_float32():
   assert levels.max() < 6.0
 
 
+@pytest.mark.slow
 def test_float64_changes_nothing_but_the_rounding():
   views, keys, small = noise(1000, 2, SIZE, SIZE), example_keys(1000), Distortion(16)
   wanted = np.asarray(distort(views, keys))

@@ -86,6 +86,7 @@ def test_the_files_hold_every_example_once_in_order(tmp_path, projection, device
   assert result["class_names"] == list(shapes.CLASS_NAMES)
 
 
+@pytest.mark.slow
 def test_encode_takes_files_and_crops_them_as_embed_does(pretrained, tmp_path):
   names = folder_of(tmp_path / "pictures")
   source_of = ["--config.data.source=folder", f"--config.data.dir={tmp_path}/pictures", "--config.data.resident=false"]
@@ -138,6 +139,7 @@ def test_a_second_run_computes_the_rows_of_missing_files_alone(tmp_path, project
   assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_any_sizes_becomes_parquet_with_file_names(tmp_path, projection):
   names = folder_of(tmp_path / "images")
   of_folder = ["--config.data.source=folder", f"--config.data.dir={tmp_path}/images", "--config.data.resident=false"]
@@ -195,6 +197,7 @@ def test_consecutive_rows_of_record_files_are_those_of_the_whole(tfds_dir):
     assert part.names() == whole_split.names()[130:290]
 
 
+@pytest.mark.slow
 def test_a_layer_of_the_projection_head_of_a_checkpoint(pretrained, tmp_path):
   argv = [f"--config.checkpoint={pretrained}", "--config.head.evaluate_from=-1", "--config.embed.split=test"]
   assert command.main(["embed", *argv, f"--workdir={tmp_path}"]) == 0

@@ -37,6 +37,7 @@ def test_an_unknown_encoder_or_dtype_gets_the_nearest_one():
       config.load("demo", {f"model.{key}": wrong})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [resnet.ResNet(50, sk_ratio=0.1, se_ratio=0.1), plain_encoder.PlainEncoder()])
 def test_every_top_level_module_of_an_encoder_belongs_to_a_stage(encoder):
   variables = abstract(encoder, images_like(), train=True)

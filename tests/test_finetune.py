@@ -153,6 +153,7 @@ def test_frozen_parts_keep_their_bits_and_the_first_layer_learns(pretrained, tun
   assert checkpoint.open(str(pretrained)).classifier_layer == 0
 
 
+@pytest.mark.slow
 @pytest.mark.devices(2)
 @pytest.mark.parametrize("name", ["finetune", "distill"])  # linear_eval trains as finetune does, by classifier.train.
 def test_every_recipe_takes_micro_batches_and_sharded_parameters(request, pretrained, tmp_path, monkeypatch, name):
@@ -190,11 +191,13 @@ def assert_student_of(tuned, workdir):
   assert checkpoint.open(str(workdir)).classes == checkpoint.open(str(tuned)).classes
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_the_cached_logits_of_its_teacher(tuned, tmp_path):
   job("distill", tmp_path, *options(f"distill.teacher={tuned}", "distill.cache_teacher=true", *LABELS))
   assert_student_of(tuned, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_student_beside_its_teacher_continues_bit_for_bit(tuned, tmp_path):
   settings = [f"distill.teacher={tuned}", "distill.cache_teacher=false", "distill.total_epochs=0.4", *LABELS]
   settings = options(*settings, "checkpoint_every_steps=1", "keep_checkpoints=9")
@@ -221,6 +224,7 @@ def test_a_stored_classifier_counts_as_when_it_was_trained(tuned, tmp_path):
   assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_without_a_config_the_student_is_built_like_the_teacher(tuned, tmp_path):
   argv = [f"--config.distill.teacher={tuned}", "--config.checkpoint=", f"--workdir={tmp_path}"]
   assert command.main(["distill", *argv, "--config.distill.images=labelled"]) == 0

@@ -172,6 +172,7 @@ def test_operations_take_leading_axes():
     np.testing.assert_allclose(together, one_by_one, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_crops_have_the_distribution_of_the_reference(reference):
   fixture = reference("crop_law")
   columns = {"y0": 0, "x0": 1, "height": 2, "width": 3}
@@ -211,6 +212,7 @@ def test_a_view_without_distortion_is_the_image():
   np.testing.assert_allclose(views(image, 3), np.stack([unit(image)] * 3), rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_each_change_is_as_frequent_as_asked():
   image = np.random.default_rng(0).random((16, 16, 3), np.float32)
   count = 2000
@@ -235,6 +237,7 @@ def test_a_flip_mirrors_left_and_right():
     assert np.array_equal(view, image) or np.array_equal(view, image[:, ::-1])
 
 
+@pytest.mark.slow
 def test_color_factors_are_uniform_in_the_ranges_of_the_reference():
   strength, count = 0.5, 4000
   color = {"color_probability": 1.0, "color_strength": strength}
@@ -284,6 +287,7 @@ def test_the_sigma_of_the_blur_is_uniform(monkeypatch):
   assert distance_to_uniform(sigma, 0.1, 2.0) < 0.03
 
 
+@pytest.mark.slow
 def test_the_blur_of_a_view_has_a_tenth_of_its_size(reference):
   fixture = reference("blur")
   size = int(fixture["sizes"][1])

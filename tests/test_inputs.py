@@ -56,6 +56,7 @@ def by_example(batches):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_views_of_an_example_do_not_depend_on_the_batch_around_it(kind):
   source, seen = source_of(kind=kind), []
@@ -78,6 +79,7 @@ def test_views_of_an_example_do_not_depend_on_the_batch_around_it(kind):
   assert min(np.abs(first[0] - first[1]).max(), np.abs(first - second).max()) > 0.05
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_crops_and_other_colours():
   source, views = source_of(), {}
   for crop_seed, color_seed in ((0, 0), (0, 1), (1, 1)):
@@ -115,6 +117,7 @@ PLAIN = simclr.SimCLR(PlainEncoder(8), heads.ProjectionHead(0))
 PLAIN64 = simclr.SimCLR(PlainEncoder(8, **TYPES), heads.ProjectionHead(0), heads.LinearHead(10, **TYPES))
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_a_step_sees_the_same_views_on_any_mesh_and_in_any_parts(x64):
   rows, (_, prepare) = cropped_rows(), inputs.pair_augmentation(DISTORTION, plan_of())
@@ -136,6 +139,7 @@ def test_a_step_sees_the_same_views_on_any_mesh_and_in_any_parts(x64):
       np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_streamed_steps_are_one_program_and_the_state_is_donated():
   mesh = sharding.data_mesh()
   images = inputs.pairs(source_of(), DISTORTION, plan_of(), mesh)

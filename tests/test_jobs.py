@@ -39,6 +39,7 @@ def test_pretraining_leaves_checkpoints_metrics_and_figures(pretrained):
   assert list((pretrained / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_micro_batches_and_sharded_parameters_leave_an_encoder(tmp_path):
   wide = ["--config.model.width=0.125", "--config.sharding.parameters=sharded", "--config.micro_batches=2"]
@@ -55,6 +56,7 @@ def test_the_loss_starts_where_random_embeddings_put_it(pretrained):
   assert abs(training_rows(pretrained)[1]["train/loss"] - np.log(31)) < 1.0
 
 
+@pytest.mark.slow
 def test_linear_eval_counts_the_whole_split_once(linear):
   result = json.loads((linear / "result.json").read_text())
   assert result["eval/examples"] == 80
@@ -62,6 +64,7 @@ def test_linear_eval_counts_the_whole_split_once(linear):
   assert result["eval/top1"] * 80 == pytest.approx(round(result["eval/top1"] * 80))
 
 
+@pytest.mark.slow
 def test_the_features_protocol_counts_the_split_once(pretrained, tmp_path):
   probes = ["batch_size=16", "epochs=3", "learning_rates=0.1,1.0", "weight_decays=0.0,1e-4", "l2_strengths=1e-2"]
   probes += ["passes=2", "lbfgs_steps=20", "validation_share=0.2"]
@@ -97,11 +100,13 @@ def test_linear_eval_leaves_the_backbone_bit_for_bit(pretrained, linear):
   assert all(np.any(after[name]) for name in head)
 
 
+@pytest.mark.slow
 def test_a_random_encoder_can_be_evaluated_too(tmp_path):
   job("linear_eval", tmp_path, "--config.checkpoint=random", "--config.linear_eval.total_epochs=0.2")
   assert json.loads((tmp_path / "result.json").read_text())["checkpoint"] == "random"
 
 
+@pytest.mark.slow
 def test_finetuning_trains_the_whole_network(pretrained, tmp_path):
   job("finetune", tmp_path, f"--config.checkpoint={pretrained}")
   before, after = arrays(pretrained), arrays(tmp_path)
@@ -156,6 +161,7 @@ def test_the_input_is_profiled_alone(capsys, monkeypatch, resident):
     assert wanted == pytest.approx(needed / threads[0], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_release_before_continues(tmp_path):
   # Run with 0.1.0 to step 6; what is kept is its folder as it stood at step 3, and the six losses.
   shutil.copytree(OLD / "pretrain", tmp_path / "run")
@@ -168,6 +174,7 @@ def test_a_run_of_the_release_before_continues(tmp_path):
   np.testing.assert_allclose([rows[step]["train/loss"] for step in range(1, 7)], wanted, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear_eval", "finetune", "knn", "embed", "distill"])
 def test_a_checkpoint_of_the_release_before_feeds_every_job(tmp_path, name):
   source = "distill.teacher" if name == "distill" else "checkpoint"
@@ -204,6 +211,7 @@ def test_steps_to_profile_are_two_numbers(tmp_path, capsys):
   assert "--profile_steps=10 is not FIRST,LAST" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_flat_folder_pretrains_and_a_corrupt_image_is_named(tmp_path, capsys):
   rng = np.random.default_rng(0)
   folder = tmp_path / "images"

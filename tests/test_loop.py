@@ -117,6 +117,7 @@ def test_steps_that_are_not_logged_fetch_nothing(tmp_path, most, monkeypatch):
   assert len(reads) == 3  # Steps 1, 5 and 10.
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_the_cut_into_dispatches_changes_no_bit(tmp_path):
   values = np.random.default_rng(0).normal(size=40)

@@ -84,6 +84,7 @@ def test_the_twin_agrees_with_every_case_of_the_reference(cases):
     np.testing.assert_allclose(metrics["contrast_acc"], says["contrast_acc"], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", ON_ONE_AND_EIGHT)
 def test_loss_gradient_and_metrics_are_the_twins_in_float64(cases, x64, devices):
   mesh = devices and sharding.data_mesh()
@@ -98,6 +99,7 @@ def test_loss_gradient_and_metrics_are_the_twins_in_float64(cases, x64, devices)
       np.testing.assert_allclose(metrics[metric], want_metrics[metric], rtol=1e-12, atol=1e-14, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("devices", ON_ONE_AND_EIGHT)
 def test_float32_is_as_close_to_the_truth_as_the_reference_is(cases, devices):
@@ -147,6 +149,7 @@ def test_the_golden_numbers_of_the_reference_come_out():
     np.testing.assert_allclose(2 * evaluate(collapsed, temperature=0.1)[0], 2 * np.log(31), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_loss_and_gradient_are_those_of_the_dense_definition(x64, kind):
   z, label = jnp.asarray(random_views(7, 5)), np.array([0, 1, 0, 2, -7, 0, 1])
@@ -182,6 +185,7 @@ def test_the_twins_gradient_is_the_slope_of_its_loss(kind):
     np.testing.assert_allclose((ahead - behind) / 2e-5, np.sum(grad * direction), rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
   ("kind", "n", "dim", "block_size", "normalize", "dtypes"),
@@ -222,6 +226,7 @@ def test_eight_devices_equal_one_on_near_duplicates(kind):
   np.testing.assert_allclose(grad, want_grad, rtol=0, atol=2e-4 * np.abs(want_grad).max())
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", losses.BLOCKWISE)
 def test_any_shape_temperature_block_and_rows_give_the_definition(x64, kind):

@@ -114,6 +114,7 @@ def contrastive_step_with_grouped_statistics(groups, kind):
   return one_update(state, tx, rate, loss_fn, state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
   ("kind", "devices", "sharded"),
@@ -242,6 +243,7 @@ def supervised_step_with_grouped_statistics(kind):
   return one_update(state, tx, rate, loss_fn, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", ["classification", "distillation"])
 def test_supervised_micro_batches_take_the_step_of_grouped_statistics(kind, x64, monkeypatch):
@@ -257,6 +259,7 @@ def test_supervised_micro_batches_take_the_step_of_grouped_statistics(kind, x64,
     assert_equal_leaves(got[1]["params"]["projection_head"]["dense2"], before["params"]["projection_head"]["dense2"], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_frozen_statistics_keep_their_bits_over_three_micro_batches():
   # The mean of three equal float32 numbers is not always that number.
@@ -279,6 +282,7 @@ def test_frozen_statistics_keep_their_bits_over_three_micro_batches():
 # Without batch norm a row does not depend on its neighbours: the cut into parts changes nothing at all.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["contrastive", "classification", "distillation"])
 def test_without_batch_norm_micro_batches_are_the_whole_batch(kind, x64):
   types = {"dtype": np.float64, "param_dtype": np.float64}
@@ -305,6 +309,7 @@ def test_without_batch_norm_micro_batches_are_the_whole_batch(kind, x64):
   assert_equal_steps(parts, whole, 2 * N if kind == "contrastive" else N)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_sharded_parameters_take_the_step_of_replicated_ones(x64):
   wanted, got = (small_step.one_step(devices, np.float64, sharded=devices > 1) for devices in (1, 8))
@@ -327,6 +332,7 @@ def test_large_parameters_and_their_momentum_are_sharded():
 MIXED = "none,blocks,none,convs"
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient(x64, monkeypatch):
   images = np.random.default_rng(0).random((4, 8, 8, 3))
 
@@ -354,6 +360,7 @@ def test_rematerialisation_changes_no_gradient(x64, monkeypatch):
   assert_equal_leaves(got, wanted, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.devices(8)
 def test_only_embeddings_statistics_and_gradients_cross_devices():

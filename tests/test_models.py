@@ -81,6 +81,7 @@ def largest_error(actual, expected):
   return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXTURES)
 def test_outputs_endpoints_and_moving_averages_equal_the_references(x64, reference, name, request):
   if name != OWN_CONVOLUTION:
@@ -149,6 +150,7 @@ def count(tree):
 SK = {"sk_ratio": 0.0625}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("encoder", "parameters"),
   [
@@ -362,6 +364,7 @@ def trained(model, images):
   return variables, outputs, state["batch_stats"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratios", [{}, {"depth": 50, "sk_ratio": 0.1, "se_ratio": 0.1}])
 def test_bfloat16_keeps_parameters_statistics_and_outputs_in_float32(ratios):
   model = narrow(dtype=jnp.bfloat16, **ratios)
@@ -386,6 +389,7 @@ def test_bfloat16_and_float32_agree_to_the_precision_of_bfloat16():
   assert 0 < largest_error(half[0], full[0]) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("ratios", "images"),
   [
@@ -434,6 +438,7 @@ def test_without_a_classifier_there_are_no_logits():
   assert set(variables["params"]) == {"encoder", "projection_head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("after_stage", "layer"), [(-1, 0), (0, 1), (2, 0), (2, 1), (4, 1)])
 def test_what_is_frozen_keeps_its_statistics_and_gets_no_gradient(after_stage, layer, xlas_convolution):
   images = images_like()

@@ -46,6 +46,7 @@ def measured(one):
   return evaluate(state)
 
 
+@pytest.mark.slow
 def test_every_measure_is_there_and_in_its_range(measured):
   assert set(measured) == {
     *(f"eval/online_{name}" for name in ("top1", "top5", "loss", "examples")),
@@ -58,6 +59,7 @@ def test_every_measure_is_there_and_in_its_range(measured):
   assert 1 <= measured["eval/rank_h"] <= 48
 
 
+@pytest.mark.slow
 @EIGHT
 def test_eight_devices_measure_what_one_does(x64):
   results = []
@@ -67,6 +69,7 @@ def test_eight_devices_measure_what_one_does(x64):
   assert results[0] == pytest.approx(results[1], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_streamed_images_are_measured_as_resident_ones(measured):
   _, (state, _, _), evaluate, _ = parts(1, "--config.data.resident=false")
   found = evaluate(state)
@@ -135,6 +138,7 @@ def test_without_labels_or_held_out_images_the_geometry_is_left():
     pretrain._evaluate_of(experiment_of("--config.monitor.knn_neighbours=0"), model, None)
 
 
+@pytest.mark.slow
 def test_measuring_in_between_leaves_every_bit_of_the_training(one, measured):
   model, _, evaluate, images = one
   state, tx, rate = small_step.start(model, images.mesh)

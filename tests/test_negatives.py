@@ -63,6 +63,7 @@ def evaluate(z, temperature, queue, filled, kind, **options):
   return jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(z, temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(("kind", "normalize"), [("nt_xent", True), ("nt_xent", False), ("dcl", True)])
 def test_value_and_gradients_are_the_definition_on_any_mesh(kind, normalize, x64):
@@ -101,6 +102,7 @@ def test_the_queue_gets_no_gradient_and_float32_keeps_its_digits():
   np.testing.assert_array_equal(into_queue, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.devices(8)
 def test_a_queue_adds_no_exchange_and_its_logits_are_never_whole():
@@ -159,6 +161,7 @@ def one_device():
     return steps(1, 3)
 
 
+@pytest.mark.slow
 def test_a_step_sees_older_embeddings_then_replaces_the_oldest(one_device, x64, monkeypatch):
   float64_convolution.patch(monkeypatch)
   states, metrics = one_device
@@ -188,6 +191,7 @@ def test_a_step_sees_older_embeddings_then_replaces_the_oldest(one_device, x64, 
   assert np.abs(kept[:VIEWS] - kept[VIEWS:]).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_eight_devices_take_the_steps_of_one(one_device, x64, monkeypatch):
   float64_convolution.patch(monkeypatch)
@@ -197,6 +201,7 @@ def test_eight_devices_take_the_steps_of_one(one_device, x64, monkeypatch):
   assert_equal_leaves(as_dict(states[2]), as_dict(one_device[0][2]), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_sharded_micro_batches_on_eight_devices_are_those_of_one(one_device, x64, monkeypatch):
   float64_convolution.patch(monkeypatch)
@@ -212,6 +217,7 @@ def test_sharded_micro_batches_on_eight_devices_are_those_of_one(one_device, x64
   assert (whole @ parts.T).argmax(axis=1).tolist() == list(range(VIEWS))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
   model, mesh = small_step.network(np.float32), sharding.data_mesh()
   plain, tx, rate = small_step.start(model, mesh)

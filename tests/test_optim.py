@@ -135,6 +135,7 @@ def lars_trajectory(arrays, decay, dtype):
     yield paths, flat(params), flat(buffers)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_lars_gives_the_references_parameters_and_buffers_after_every_step(reference, dtype):
@@ -308,6 +309,7 @@ DECAYED = {
 DECAYED["adam"] = DECAYED["momentum"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECAYED)
 def test_each_optimizer_with_the_l2_term_takes_the_twins_steps_in_float64(name, x64):
   names = (*DECAYED["adam"], "encoder/bn/scale", "encoder/bn/bias")

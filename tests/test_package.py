@@ -95,6 +95,7 @@ def test_every_place_states_the_same_version(wheel):
   assert f"\n## [{version.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_any_folder(installed, tmp_path):
   first, _, listing = outside(installed, tmp_path, "-c", SCRIPT).partition("\n")
   found = json.loads(first)
@@ -109,6 +110,7 @@ def test_the_wheel_works_in_any_folder(installed, tmp_path):
     assert ast.get_docstring(ast.parse(path.read_text())).splitlines()[0] in listing
 
 
+@pytest.mark.slow
 def test_a_bundled_config_is_found_by_name_on_the_command_line(installed, tmp_path):
   arguments = ["config", "--config=cifar10:small", "--config.batch_size=64"]
   lines = outside(installed, tmp_path, "-m", "simclr_jax", *arguments).splitlines()

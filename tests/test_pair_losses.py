@@ -63,6 +63,7 @@ def evaluate(z, kind, temperature=TEMPERATURE, normalize=True, mesh=None):
   return jax.value_and_grad(lambda z: losses.contrast(kind, z, **options), has_aux=True)(z)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", DENSE)
 def test_loss_and_gradient_are_the_definition_on_one_device_and_eight(kind, x64):
@@ -89,6 +90,7 @@ def test_the_twins_gradient_is_the_slope_of_its_loss(kind):
 ACROSS = np.array([[0.9, 0.95, 0.5], [0.2, 0.6, -0.9], [0.95, 0.7, 0.1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "rows"),
   [
@@ -103,6 +105,7 @@ def test_margin_by_hand(kind, rows):
   np.testing.assert_allclose(loss, np.mean(rows), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", DENSE)
 def test_metrics_are_those_of_nt_xent_and_have_no_gradient(kind):
@@ -122,6 +125,7 @@ def test_metrics_are_those_of_nt_xent_and_have_no_gradient(kind):
   np.testing.assert_allclose(grad, alone, rtol=0, atol=1e-6 * np.abs(alone).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nt_logistic", "nt_logistic_semi_hard"])
 def test_the_temperature_can_be_learned(x64, kind):
   # All similarities are equal, so that some rows have no negative farther than the positive.

@@ -21,12 +21,14 @@ def home(pretrained, tmp_path, monkeypatch):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_pretraining_takes_a_relative_workdir(home):
   # Done before: the same command, typed beside the run, takes no step.
   more = ["--config.total_steps=6", "--config.keep_checkpoints=9", "--config.checkpoint_every_steps=3"]
   assert command.main(["pretrain", *TINY, *more, "--workdir=runs/tiny"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["linear_eval", "knn", "embed"])
 def test_a_job_takes_a_relative_checkpoint(home, job):
   argv = [

@@ -126,6 +126,7 @@ def test_a_window_of_records_is_permuted_after_the_files(tmp_path):
   assert np.any(np.diff(streams.reshape(16, 5), axis=1) < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_batches_do_not_depend_on_the_number_of_hosts(make, count):
   source = make(37)
@@ -135,6 +136,7 @@ def test_batches_do_not_depend_on_the_number_of_hosts(make, count):
   assert_same(joined(hosts), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
 def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path, window):
   # Parts of 9 and 10 examples, two a step: epochs end inside and between batches. Data in memory has no window.
@@ -185,6 +187,7 @@ def test_memory_and_files_give_the_same_seeds_and_the_same_evaluation(tmp_path):
   assert_same(from_memory, from_files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 3, 16, 37])
 def test_an_evaluation_takes_each_example_once_over_all_hosts(make, hosts, count):
@@ -235,6 +238,7 @@ def test_an_evaluation_batch_splits_over_the_hosts():
     pipeline.evaluation_batches(in_memory(37), show, batch_size=9, process=Process(0, 2))
 
 
+@pytest.mark.slow
 def test_views_of_real_images_do_not_depend_on_hosts_or_on_a_restart(tfds_dir):
   distortion = Distortion(48)
 

@@ -55,6 +55,7 @@ def model_arrays(workdir):
   return {name: array for name, array in arrays(workdir).items() if name.startswith("['model']")}
 
 
+@pytest.mark.slow
 def test_pretraining_has_statistics_of_the_head_alone(plain, headless):
   statistics = {name for name in model_arrays(plain) if "batch_stats" in name}
   assert statistics
@@ -67,6 +68,7 @@ def test_pretraining_has_statistics_of_the_head_alone(plain, headless):
     assert result(workdir)["eval/online_examples"] == 80
 
 
+@pytest.mark.slow
 def test_a_stopped_run_without_batch_norm_continues_bit_for_bit(headless, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(headless, workdir)
@@ -86,6 +88,7 @@ def test_the_encoder_loads_in_one_line(run, request):
   assert (features.shape, features.dtype) == ((3, 32), np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["plain", "headless"])
 def test_a_linear_classifier_learns_on_the_frozen_encoder(run, request, tmp_path):
   workdir = request.getfixturevalue(run)
@@ -98,6 +101,7 @@ def test_a_linear_classifier_learns_on_the_frozen_encoder(run, request, tmp_path
   assert all(before[name].tobytes() == after[name].tobytes() for name in encoder)
 
 
+@pytest.mark.slow
 def test_classifiers_of_features_and_stored_ones_are_counted(headless, tuned, tmp_path):
   probes = ["epochs=2", "batch_size=16", "lbfgs_steps=3", "lbfgs_tolerance=10.0", "learning_rates=0.1", "passes=2"]
   probes += ["weight_decays=0.0", "l2_strengths=1e-2"]
@@ -115,6 +119,7 @@ def stages_that_changed(before, after):
   return {name.split("']['")[3].partition("_")[0] for name in moved if "['encoder']" in name}
 
 
+@pytest.mark.slow
 def test_finetuning_freezes_the_stages_up_to_the_one_named(headless, tuned, tmp_path):
   before = model_arrays(headless)
   assert stages_that_changed(before, model_arrays(tuned)) == {"patches", "block1", "block2"}
@@ -125,6 +130,7 @@ def test_finetuning_freezes_the_stages_up_to_the_one_named(headless, tuned, tmp_
     assert stages_that_changed(before, model_arrays(workdir)) == learning
 
 
+@pytest.mark.slow
 def test_it_is_a_teacher_and_a_student(tuned, tmp_path):
   options = ["--config.distill.total_epochs=0.2", "--config.distill.label_weight=0.5"]
   job("distill", tmp_path, *PLAIN, *NO_HEAD, *options, f"--config.distill.teacher={tuned}")
@@ -133,6 +139,7 @@ def test_it_is_a_teacher_and_a_student(tuned, tmp_path):
   assert len(model_arrays(tmp_path)) == len(model_arrays(tuned))
 
 
+@pytest.mark.slow
 def test_neighbours_files_and_plans_are_of_its_features(headless, tmp_path):
   frozen = [*PLAIN, *NO_HEAD, f"--config.checkpoint={headless}"]
   job("knn", tmp_path / "knn", *frozen)

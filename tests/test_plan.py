@@ -80,6 +80,7 @@ def test_a_plan_for_tpus_that_are_not_here_says_what_the_compiler_found(planned)
   assert re.search(r"the chip has +16\.000 GiB", text)
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_plan_of_each_batch_size_and_touches_no_device(planned, monkeypatch):
   monkeypatch.setitem(encoders.ENCODERS, "plain", PlainEncoder)
   before = {id(array) for array in jax.live_arrays()}
@@ -106,6 +107,7 @@ def test_a_sweep_has_a_plan_of_each_batch_size_and_touches_no_device(planned, mo
   assert text.count("memory of one device") == 2
 
 
+@pytest.mark.slow
 @WITH_COMPILER
 def test_a_crash_of_the_compiler_gets_one_line(capsys, monkeypatch):
   monkeypatch.setattr(plan, "make", crash)

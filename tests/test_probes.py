@@ -79,6 +79,7 @@ def test_an_epoch_is_one_dispatch_and_devices_compute_their_own_rows(monkeypatch
   assert "f32[32,6]" not in text
 
 
+@pytest.mark.slow
 @EIGHT
 def test_logistic_regression_finds_scikit_learn_s_minimum(x64):
   x, y = clusters(203, 7, 4, np.float64, spread=2.0)

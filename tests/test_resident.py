@@ -96,6 +96,7 @@ def test_places_are_uniform_and_independent_across_epochs_and_parts():
   assert all(len(np.unique(index[:, part], axis=0)) > 700 for part in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.optimized
 @pytest.mark.parametrize(("batch_size", "shards"), [(16, 4), (48, 16)])

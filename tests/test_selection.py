@@ -107,6 +107,7 @@ def drawn(examples, rng, centre):
   return Features(x.astype(np.float32), y.astype(np.int32))
 
 
+@pytest.mark.slow
 def test_the_transfer_protocol_chooses_what_scikit_learn_would():
   rng = np.random.default_rng(0)
   centre = rng.standard_normal((4, 12))

@@ -65,6 +65,7 @@ def _colours(images):
   return np.concatenate([*levels, images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("features", "model", "limit"),
   [

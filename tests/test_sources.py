@@ -395,6 +395,7 @@ def assert_holds(source, numbers):
   assert [int(color[0]) for color in examples(source)[0]] == list(numbers)
 
 
+@pytest.mark.slow
 def test_every_source_gives_its_images_and_its_subsets(source):
   assert (source.num_examples, source.num_classes, source.multi_label) == (5, 2, False)
   assert_holds(source, range(5))

@@ -53,6 +53,7 @@ def calls(monkeypatch):
   return made
 
 
+@pytest.mark.slow
 def test_a_grid_is_run_continued_and_drawn(tmp_path, calls, capsys):
   few = ("--rows=crop", "--columns=crop,color,blur", "--evaluation=knn")
   assert run(tmp_path, "augmentations", *few) == 0
@@ -140,6 +141,7 @@ def raising(error):
 TEMPERATURES = ("--rows=0.1,0.2,0.5", "--columns=normalized")
 
 
+@pytest.mark.slow
 def test_the_rest_goes_on_where_a_cell_fails(tmp_path, pretended, capsys):
   pretended["0.1-normalized"] = raising(errors.UserError("training diverged; lower the rate."))
   assert run(tmp_path, "temperature", *TEMPERATURES) == 2
@@ -175,6 +177,7 @@ def test_the_rest_goes_on_where_a_cell_fails(tmp_path, pretended, capsys):
   )
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_whole_study(tmp_path, pretended):
   pretended["0.2-normalized"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
   before = signal.getsignal(signal.SIGTERM)

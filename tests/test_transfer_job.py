@@ -123,6 +123,7 @@ def data(tmp_path_factory):
   return root
 
 
+@pytest.mark.slow
 def test_each_data_set_has_its_metric_and_is_run_once(data, tmp_path, quick, monkeypatch, capsys):
   # The features are the colours' means over the halves of the image.
   encode_by(monkeypatch, lambda images: images.reshape(len(images), 2, -1, 3).mean(axis=2).reshape(len(images), 6))
@@ -184,6 +185,7 @@ def test_where_none_of_them_is_there_the_job_fails(tmp_path, no_encoder, capsys)
   assert "none of the 12 data sets is there; TFDS data set" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_images_of_parts_of_splits(tfds_dir, tmp_path, quick):
   datasets = "cifar10:train[:300]:train[300:400]:test[:100]"
   assert command.main(argv(tfds_dir, tmp_path, datasets)) == 0

@@ -22,6 +22,7 @@ LABEL = np.array([2, -1, 0, -1, -1, 1, 3, 0], np.int32)
 KNOWN = LABEL >= 0
 
 
+@pytest.mark.slow
 def test_cross_entropy_is_the_mean_over_labelled_rows():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, CLASSES)), jnp.float32)
   loss, accuracy = losses.cross_entropy(logits, LABEL)
@@ -43,6 +44,7 @@ def test_micro_batches_weigh_their_labelled_images():
   np.testing.assert_allclose(whole, losses.cross_entropy(logits, LABEL)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sup_con_attracts_no_unlabelled_images():
   z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, 5)), jnp.float32)
   objective = objectives.Contrastive(None, None, kind="sup_con")
@@ -120,6 +122,7 @@ def pair(tmp_path, monkeypatch):
   return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "settings"),
   [
@@ -140,6 +143,7 @@ def test_a_job_gives_what_it_gives_without_unlabelled_images(pair, name, setting
   assert results[0]["eval/examples"] == len(np.load(pair / "clean.npz")["test_labels"])
 
 
+@pytest.mark.slow
 def test_pretraining_counts_labelled_images_alone(pair):
   options = ["--config.total_steps=1", f"--config.data.dir={pair}/mixed.npz", "--config.monitor.knn_images=80"]
   result = json.loads((job("pretrain", pair / "run", *TINY, *options) / "result.json").read_text())

@@ -20,6 +20,7 @@ def test_every_script_has_a_help(cloud, script):
   assert cloud.calls == []
 
 
+@pytest.mark.slow
 def test_the_scripts_are_clean_by_shellcheck():
   shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
   if not shellcheck:

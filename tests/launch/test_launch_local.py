@@ -125,6 +125,7 @@ def worker(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_job_outlives_the_connection_and_its_exit_code_is_kept(worker, tmp_path):
   assert worker("result")[1].endswith(" none\n")
   job = ["bash", "-c", 'printf "%s\\n" "$@"; sleep 0.5; exit 2', "job", *clouds.NASTY]
@@ -139,6 +140,7 @@ def test_a_job_outlives_the_connection_and_its_exit_code_is_kept(worker, tmp_pat
   assert clouds.NASTY[0] in worker("log")[1]
 
 
+@pytest.mark.slow
 def test_a_worker_stops_a_job_with_TERM(worker):
   worker("start", "--", "bash", "-c", "trap 'echo saved; exit 143' TERM; echo up; while :; do sleep 0.05; done")
   worker("follow", "--for=1", "--poll=0.1")
