@@ -13,7 +13,7 @@ import ml_collections
 from etils import epath
 
 from simclr_jax import errors, files
-from simclr_jax.data import transfer_sets
+from simclr_jax.data import order, transfer_sets
 from simclr_jax.keys import KEYS, TREE, Value, flat
 from simclr_jax.version import __version__
 
@@ -174,6 +174,12 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[s
   return next(differing, "")
 
 
+def order_law(workdir: str) -> int:
+  """Returns the law of the order of resident data: of the run in `workdir`, or the present `order.LAW`."""
+  path = epath.Path(workdir) / "config.json"
+  return json.loads(path.read_text()).get("order", 1) if workdir and path.exists() else order.LAW
+
+
 def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ...] = FREE) -> None:
   """Writes `workdir/config.json`, or checks that it already holds this very run: its job and its plain nested config.
 
@@ -191,7 +197,7 @@ def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ..
         "choose another --workdir or repeat that run's command."
       )
   if jax.process_index() == 0:
-    files.write_json(path, {"job": job, "version": __version__, "config": config})
+    files.write_json(path, {"job": job, "version": __version__, "order": order_law(workdir), "config": config})
 
 
 def _nearest_key(name: str, known: Mapping[str, Any]) -> str:

@@ -161,8 +161,9 @@ class Experiment:
 
   def _plan(self, batch_size: int = 0) -> inputs.Plan:
     data = self.config.data
+    sizes = batch_size or self.recipe.batch_size, data.shards
     return inputs.Plan(
-      order.Order(batch_size or self.recipe.batch_size, data.shards, self.config.seed, data.shuffle_window),
+      order.Order(*sizes, self.config.seed, data.shuffle_window, config_lib.order_law(self.workdir)),
       place=self.config.augment.place,
       resident=data.resident,
       steps_per_dispatch=data.steps_per_dispatch,

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn import linear_model, pipeline, preprocessing
 
-from simclr_jax import errors, optim
+from simclr_jax import errors, optim, randomness
 from simclr_jax.evaluation import scores
 from simclr_jax.hardware import sharding
 from simclr_jax.models import heads
@@ -110,7 +110,8 @@ def _grid_functions(grid, head, shape, seed, mesh):
     return optax.apply_updates(params, updates), opt_state
 
   def run_epoch(state, epoch, cells, x, y):
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), examples)
+    key = jax.random.fold_in(jax.random.fold_in(randomness.key(seed), randomness.PROBES), epoch)
+    order = jax.random.permutation(key, jnp.arange(examples, dtype=jnp.int32))
     order = order[: steps * grid.batch_size].reshape(steps, grid.batch_size)
     order = jax.lax.with_sharding_constraint(order, NamedSharding(mesh, PartitionSpec(None, sharding.AXIS)))
     step = lambda state, rows: (_over_grid(update, 0, None, None)(*cells, state, x[rows], y[rows]), None)
@@ -266,7 +267,7 @@ def _moments(x):
 def held_back(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns sorted row numbers (to train on, to choose by), at least one each, about `share` of them in the second."""
   count = min(max(1, round(examples * share)), examples - 1)
-  order = np.random.default_rng([seed, 0]).permutation(examples)
+  order = randomness.host(seed, randomness.HELD_BACK).permutation(examples)
   return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -288,7 +289,7 @@ def _head(classes, dtype):
 
 
 def _zeros(head, dim):
-  return head.init(jax.random.key(0), jnp.zeros((1, dim), head.dtype))["params"]
+  return head.init(randomness.key(0), jnp.zeros((1, dim), head.dtype))["params"]
 
 
 def _over_grid(of, *rest):
