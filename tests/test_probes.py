@@ -142,6 +142,10 @@ def test_accuracies_count_every_row_of_every_classifier_once(monkeypatch):
     right = np.mean(np.any(order[..., :top] == y[:, None], axis=-1), axis=-1)
     right[1, 2] = 0
     np.testing.assert_allclose(found[name], right, rtol=1e-12)
+  recalls = [np.mean(order[..., y == label, 0] == label, axis=-1) for label in np.unique(y)]
+  balanced = np.mean(recalls, axis=0)
+  balanced[1, 2] = 0
+  np.testing.assert_allclose(found["balanced_top1"], balanced, rtol=1e-12)
 
 
 def test_features_are_standardised_by_the_training_ones():

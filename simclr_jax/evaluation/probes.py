@@ -1,5 +1,6 @@
 """Linear classifiers on fixed features, many trained at once: a grid by gradient descent, and logistic regressions."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -213,28 +214,33 @@ def logits(params: dict[str, Any], x: np.ndarray, *, mesh: Mesh | None = None) -
 def accuracies(
   params: dict[str, Any], x: np.ndarray, y: np.ndarray, *, mesh: Mesh | None = None
 ) -> dict[str, np.ndarray]:
-  """Returns `top1` and `top5` f64[...] of every classifier of a grid or an L2 path; 0 for one that diverged.
+  """Returns accuracies f64[...] of every classifier of a grid or an L2 path; 0 for one that diverged.
 
-  Classifiers have any leading axes: kernel f[..., D, K], bias f[..., K]. The rows are f[M, D] and i32[M].
+  These are `top1`, `balanced_top1` (its mean over the classes) and, where `scores.tops` has it, `top5`. Classifiers
+  have any leading axes: kernel f[..., D, K], bias f[..., K]. The rows are f[M, D] and i32[M].
   """
   mesh = mesh or _one_device()
   examples, block = len(x), -(-BLOCK // mesh.size) * mesh.size
+  classes = params["dense"]["bias"].shape[-1]
 
   def count(dense, x, y, real):
     logits = jnp.dot(x, dense["kernel"], precision="highest") + dense["bias"][None]
     rank = scores.ranks(logits, y)
-    return {name: jnp.sum((rank < top) & real) for name, top in (("top1", 1), ("top5", 5))}
+    counts = {name: jnp.sum((rank < top) & real) for name, top in scores.tops(classes).items()}
+    return counts | {"correct": jnp.zeros(classes, jnp.int32).at[y].add((rank < 1) & real)}
 
   for _ in range(params["dense"]["bias"].ndim - 1):
     count = jax.vmap(count, in_axes=(0, None, None, None))
   count = jax.jit(count, out_shardings=sharding.replicated(mesh))
-  correct = {"top1": 0, "top5": 0}
+  totals = collections.defaultdict(int)
   for begin in range(0, examples, block):
     rows = slice(begin, begin + block)
     part = (x[rows], np.asarray(y[rows], np.int32), np.ones(len(x[rows]), bool))
     counts = count(params["dense"], *(sharding.place_rows(array, mesh, block) for array in part))
-    correct = {name: correct[name] + np.asarray(counts[name], np.int64) for name in correct}
-  return {name: total / examples for name, total in correct.items()}
+    for name, value in counts.items():
+      totals[name] += np.asarray(value, np.int64)
+  balanced = scores.balanced_of(totals.pop("correct"), np.bincount(y, minlength=classes))
+  return {**{name: total / examples for name, total in totals.items()}, "balanced_top1": balanced}
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
