@@ -101,6 +101,29 @@ def test_logistic_regression_finds_scikit_learn_s_minimum(x64):
     np.testing.assert_array_equal(np.argmax(x @ ours[0] + ours[1], axis=1), theirs.predict(x))
 
 
+@pytest.mark.slow
+def test_weak_penalties_go_beyond_the_minimum_of_the_next_stronger():
+  # Wide features: the classes can be separated, and the gradient is small long before the minimum.
+  x, y = clusters(120, 40, 4, np.float32, spread=2.0)
+  strengths = [1e-2, 1e-3, 1e-4, 1e-5]
+  params, ended = probes.logistic_regression(x, y, probes.L2Path(strengths, 500, 1e-4), classes=4)
+  assert np.all(ended["converged"]) and min(ended["steps"]) >= probes.STEADY
+  for number, strength in enumerate(strengths):
+    theirs = linear_model.LogisticRegression(C=1 / (len(x) * strength), tol=1e-8, max_iter=20_000).fit(x, y)
+    values = []
+    for kernel, bias in (
+      [np.asarray(params["dense"][name][number], np.float64) for name in ("kernel", "bias")],
+      (theirs.coef_.T, theirs.intercept_),
+    ):
+      logits = x @ kernel + bias
+      logits -= logits.max(axis=1, keepdims=True)
+      losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(x)), y]
+      values.append(losses.mean() + strength / 2 * np.square(kernel).sum())
+    assert values[0] == pytest.approx(values[1], rel=5e-3), strength
+  _, ended = probes.logistic_regression(x, y, probes.L2Path(strengths, 12, 1e-4), classes=4)
+  assert not ended["converged"][-1]
+
+
 @EIGHT
 def test_regressions_of_label_vectors_are_one_binary_for_each_class(x64):
   rng = np.random.default_rng(0)

@@ -30,7 +30,7 @@ def chosen(train, test, *, passes=1, share=0.1, rates=(0.3,), decays=(0.0,), str
 
 
 def converged(path):
-  return {"gradient": np.zeros(len(path.l2_strengths)), "steps": np.ones(len(path.l2_strengths), int)}
+  return {"converged": np.ones(len(path.l2_strengths), bool), "steps": np.ones(len(path.l2_strengths), int)}
 
 
 @pytest.fixture
@@ -89,15 +89,17 @@ def test_searches_that_do_not_converge_are_logged(monkeypatch, caplog):
   def solve(x, y, path, **_):
     count = len(path.l2_strengths)
     params = {"kernel": np.zeros((count, 8, 4), np.float32), "bias": np.zeros((count, 4), np.float32)}
-    return {"dense": params}, {"gradient": np.array([0.1, np.nan])[:count], "steps": np.array([3, 4])[:count]}
+    return {"dense": params}, {"converged": np.array([True, False])[:count], "steps": np.array([3, 4])[:count]}
 
   monkeypatch.setattr(probes, "logistic_regression", solve)
   with caplog.at_level(logging.WARNING):
     chosen(data, data, strengths=[1e-2, 1e-3], tolerance=0.2)
     selection.best_regression("cars", *[data] * 3, probes.L2Path([1e-3, 1e-2], 4, 0.2), score=scores.top1, classes=4)
   assert caplog.messages == [
-    "logistic regression, L2 strength 0.001: stopped after 4 steps with gradient nan, above tolerance 0.2.",
-    "cars: 1 of 2 searches stopped after up to 4 steps with gradients up to nan, above tolerance 0.2.",
+    "logistic regression, L2 strength 0.001: stopped after 4 steps, before its minimum: its accuracy is that of an "
+    "early stop. Raise lbfgs_steps, or leave weak strengths out of l2_strengths.",
+    "cars: 1 of 2 logistic regressions (L2 up to 0.01) stopped after up to 4 steps, before their minimum. Raise "
+    "lbfgs_steps, or l2_low.",
   ]
 
 

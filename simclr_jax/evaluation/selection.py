@@ -88,11 +88,12 @@ def choose_from_path(
   def fit(train, other, path):
     train_x, other_x = probes.standardise(train[0], other[0])
     trained, ended = probes.logistic_regression(train_x, train[1], path, classes=classes, mesh=mesh)
-    for strength, steps, gradient in zip(path.l2_strengths, ended["steps"], ended["gradient"], strict=True):
-      if not gradient <= path.tolerance:
+    for strength, steps, fine in zip(path.l2_strengths, ended["steps"], ended["converged"], strict=True):
+      if not fine:
         log.warning(
-          "logistic regression, L2 strength %g: stopped after %d steps with gradient %.2g, above tolerance %g.",
-          *(strength, steps, gradient, path.tolerance),
+          "logistic regression, L2 strength %g: stopped after %d steps, before its minimum: its accuracy is that of an "
+          "early stop. Raise lbfgs_steps, or leave weak strengths out of l2_strengths.",
+          *(strength, steps),
         )
     return probes.accuracies(trained, other_x, other[1], mesh=mesh)
 
@@ -127,11 +128,12 @@ def best_regression(
     # `logistic_regression` takes strengths for the mean of the losses, here in coordinates divided by `scale`.
     of_mean = dataclasses.replace(path, l2_strengths=[strength / (len(train_x) * scale**2) for strength in strengths])
     trained, ended = probes.logistic_regression(train_x, train.label, of_mean, classes=classes, mesh=mesh)
-    far = ~(ended["gradient"] <= path.tolerance)
+    far = ~np.asarray(ended["converged"])
     if np.any(far):
       log.warning(
-        "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
-        *(name, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), path.tolerance),
+        "%s: %d of %d logistic regressions (L2 up to %.3g) stopped after up to %d steps, before their minimum. Raise "
+        "lbfgs_steps, or l2_low.",
+        *(name, np.sum(far), len(far), np.max(np.asarray(strengths)[far]), np.max(ended["steps"])),
       )
     return list(probes.logits(trained, other_x, mesh=mesh))
 
