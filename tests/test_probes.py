@@ -107,7 +107,8 @@ def test_weak_penalties_go_beyond_the_minimum_of_the_next_stronger():
   x, y = clusters(120, 40, 4, np.float32, spread=2.0)
   strengths = [1e-2, 1e-3, 1e-4, 1e-5]
   params, ended = probes.logistic_regression(x, y, probes.L2Path(strengths, 500, 1e-4), classes=4)
-  assert np.all(ended["converged"]) and min(ended["steps"]) >= probes.STEADY
+  assert np.all(ended["converged"])
+  assert min(ended["steps"]) >= probes.STEADY
   for number, strength in enumerate(strengths):
     theirs = linear_model.LogisticRegression(C=1 / (len(x) * strength), tol=1e-8, max_iter=20_000).fit(x, y)
     values = []

@@ -43,7 +43,7 @@ def quick(monkeypatch):
       for s in path.l2_strengths
     ]
     solved = np.float32(solved)
-    return {"dense": {"kernel": solved[:, :-1], "bias": solved[:, -1]}}, {"gradient": np.zeros(1), "steps": [1]}
+    return {"dense": {"kernel": solved[:, :-1], "bias": solved[:, -1]}}, {"converged": [True], "steps": [1]}
 
   monkeypatch.setattr(probes, "logistic_regression", least_squares)
 

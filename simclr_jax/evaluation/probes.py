@@ -42,7 +42,7 @@ class L2Path:
 
   l2_strengths: Sequence[float]
   max_steps: int  # Of L-BFGS, for each strength.
-  # L-BFGS stops when no entry of the gradient is larger, and STEADY steps lowered the objective by less than FALL of it.
+  # L-BFGS stops when no entry of the gradient is larger, and STEADY steps lowered the objective by less than FALL.
   tolerance: float
 
 
