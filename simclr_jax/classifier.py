@@ -97,12 +97,13 @@ def _finish(run, result):
   if jax.process_index() == 0:
     panels = {
       "Loss": {"train/loss": "training", "eval/loss": "cross-entropy, held out"},
-      "Top-1 accuracy": {"train/accuracy": "training batches", "eval/top1": "held out"},
+      "Top-1 accuracy": {
+        "train/accuracy": "training batches",
+        "eval/top1": "held out",
+        "eval/balanced_top1": "held out, mean over the classes",
+      },
     }
     curves = str(epath.Path(run.workdir) / "figures" / "curves.png")
     figures.curves(telemetry.read_rows(run.workdir), panels, curves, title=run.job)
-    telemetry.log.info(
-      "%s: top-1 %.2f %%, top-5 %.2f %% of %d held-out images; %s",
-      *(run.job, 100 * result["eval/top1"], 100 * result["eval/top5"], result["eval/examples"], path),
-    )
+    telemetry.log.info("%s: %s of %d held-out images; %s", run.job, scores.shown(result), result["eval/examples"], path)
   return result

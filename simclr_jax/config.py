@@ -14,7 +14,7 @@ import ml_collections
 from etils import epath
 
 from simclr_jax import errors, files
-from simclr_jax.data import transfer_sets
+from simclr_jax.data import order, transfer_sets
 from simclr_jax.keys import KEYS, TREE, Value, flat
 from simclr_jax.version import __version__
 
@@ -184,6 +184,12 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], free: tuple[s
   return next(differing, "")
 
 
+def order_law(workdir: str) -> int:
+  """Returns the law of the order of resident data: of the run in `workdir`, or the present `order.LAW`."""
+  path = epath.Path(workdir) / "config.json"
+  return json.loads(path.read_text()).get("order", 1) if workdir and path.exists() else order.LAW
+
+
 def recorded(workdir: str, config: ml_collections.ConfigDict) -> dict[str, Value]:
   """Returns the values, by key, that the run in a folder took in place of what was asked for, as `config` does again.
 
@@ -221,7 +227,8 @@ def claim(
         "choose another --workdir or repeat that run's command."
       )
   if jax.process_index() == 0:
-    files.write_json(path, {"job": job, "version": __version__, "config": config, "asked": dict(asked)})
+    facts = {"job": job, "version": __version__, "order": order_law(workdir)}
+    files.write_json(path, {**facts, "config": config, "asked": dict(asked)})
 
 
 def _nearest_key(name: str, known: Mapping[str, Any]) -> str:

@@ -220,9 +220,9 @@ class Experiment:
   def _plan(self, batch_size: int = 0) -> inputs.Plan:
     data = self.config.data
     batch_size = batch_size or self.recipe.batch_size
-    shards = order.shards_of(batch_size, data.shards)
+    sizes, law = (batch_size, order.shards_of(batch_size, data.shards)), config_lib.order_law(self.workdir)
     return inputs.Plan(
-      order.Order(batch_size, shards, self.config.seed, data.shuffle_window),
+      order.Order(*sizes, self.config.seed, data.shuffle_window, law),
       place=self.config.augment.place,
       resident=data.resident,
       steps_per_dispatch=data.steps_per_dispatch,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from samples import distance_to_uniform
 
-from simclr_jax import errors
+from simclr_jax import errors, randomness
 from simclr_jax.data import arrays, composition, device_augment, inputs, resident
 from simclr_jax.data.distortion import Distortion
 from simclr_jax.data.order import Order
@@ -119,7 +119,7 @@ def test_noise_is_that_of_numpy():
 def own_keys(seed, epoch, index, position):
   """Returns the keys of the operation at `position` for examples, derived independently of the code under test."""
   key = jax.random.key(seed, impl="threefry2x32")
-  chain = lambda *example: functools.reduce(jax.random.fold_in, (*example, composition.COMPOSED, position), key)
+  chain = lambda *example: functools.reduce(jax.random.fold_in, (*example, randomness.COMPOSED, position), key)
   return jax.vmap(chain)(epoch, index)
 
 

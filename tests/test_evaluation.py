@@ -37,8 +37,21 @@ def test_accuracies_count_each_example_once_and_padding_never():
   assert result["examples"] == 37
   np.testing.assert_allclose(result["top1"], np.mean(order[:, 0] == labels))
   np.testing.assert_allclose(result["top5"], np.mean(np.any(order[:, :5] == labels[:, None], axis=1)))
+  recalls = [np.mean(order[labels == label, 0] == label) for label in np.unique(labels)]
+  np.testing.assert_allclose(result["balanced_top1"], np.mean(recalls))
   losses = np.log(np.exp(table).sum(1)) - table[np.arange(37), labels]
   np.testing.assert_allclose(result["loss"], losses.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_left_out_below_six_classes(classes):
+  labels = np.array([0, 0, 0, 2], np.int32)
+  first = lambda _, images: jnp.zeros((len(images), classes))
+  result = scores.accuracy(first, None, batches(np.zeros(4, np.float32), labels, 4), sharding.data_mesh())
+  assert (result["top1"], result["balanced_top1"]) == (0.75, 0.5)
+  assert ("top5" in result) == (classes == 6)
+  result = {f"eval/{name}": value for name, value in result.items()}
+  assert scores.shown(result) == "top-1 75.00 %, balanced 50.00 %" + (", top-5 100.00 %" if classes == 6 else "")
 
 
 def test_of_equal_logits_the_first_class_ranks_first():

@@ -219,7 +219,7 @@ def test_a_stored_classifier_counts_as_when_it_was_trained(tuned, tmp_path):
   argv = [f"--config.checkpoint={tuned}", "--config.linear_eval.protocol=stored", f"--workdir={tmp_path}"]
   assert command.main(["linear_eval", *argv]) == 0
   ours, theirs = result_of(tmp_path), result_of(tuned)
-  for name in ("eval/top1", "eval/top5", "eval/examples", "layer"):
+  for name in ("eval/top1", "eval/balanced_top1", "eval/top5", "eval/examples", "layer"):
     assert ours[name] == theirs[name]
   assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-6)
 

@@ -145,7 +145,10 @@ def test_held_out_accuracies_agree_with_numpy():
   assert found["online_loss"] == pytest.approx(losses.mean(), rel=1e-5)
   known, test = (h[2].astype(np.float32), images(2, 48)[1]), (h[1].astype(np.float32), label)
   keys = {"neighbours": [5], "temperatures": [0.1], "classes": CLASSES}
-  assert found["knn_top1"] == neighbours.accuracies(known, test, **keys)[0]["top1"]
+  (cell,) = neighbours.accuracies(known, test, **keys)
+  assert (found["knn_top1"], found["knn_balanced_top1"]) == (cell["top1"], cell["balanced_top1"])
+  recalls = [np.mean(order[label == each, 0] == each) for each in np.unique(label)]
+  assert found["online_balanced_top1"] == pytest.approx(np.mean(recalls), rel=1e-12)
 
 
 def test_pair_geometry_measures_the_first_pairs():
@@ -162,10 +165,11 @@ def test_pair_geometry_measures_the_first_pairs():
 
 def test_metrics_without_their_images_or_classifier_are_absent():
   accuracies, _ = measures(1, np.float32, known=None)
-  online = {"online_top1", "online_top5", "online_loss", "online_examples"}
+  online = {f"online_{name}" for name in ("top1", "balanced_top1", "loss", "examples")}
+  online |= {f"online_{name}" for name in ("top5",) if CLASSES > 5}
   assert set(accuracies(variables(np.float32))) == online
   accuracies, _ = measures(1, np.float32)
-  assert set(accuracies(variables(np.float32, online=False))) == {"knn_top1"}
+  assert set(accuracies(variables(np.float32, online=False))) == {"knn_top1", "knn_balanced_top1"}
 
 
 def test_fewer_known_images_than_neighbours_all_vote():

@@ -49,8 +49,8 @@ def measured(one):
 @pytest.mark.slow
 def test_every_measure_is_there_and_in_its_range(measured):
   assert set(measured) == {
-    *(f"eval/online_{name}" for name in ("top1", "top5", "loss", "examples")),
-    *(f"eval/{name}" for name in ("knn_top1", "alignment", "uniformity", "rank_h", "rank_z")),
+    *(f"eval/online_{name}" for name in ("top1", "balanced_top1", "top5", "loss", "examples")),
+    *(f"eval/{name}" for name in ("knn_top1", "knn_balanced_top1", "alignment", "uniformity", "rank_h", "rank_z")),
   }
   assert measured["eval/online_examples"] == 80
   assert 0 <= measured["eval/alignment"] <= 4

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn import linear_model
 
-from simclr_jax import errors
+from simclr_jax import errors, randomness
 from simclr_jax.evaluation import probes
 from simclr_jax.hardware import sharding
 
@@ -28,7 +28,8 @@ def nesterov(x, y, *, classes, learning_rate, weight_decay, epochs, batch_size, 
   v = np.zeros_like(w)
   steps = len(x) // batch_size
   for epoch in range(epochs):
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), len(x)))
+    key = jax.random.fold_in(jax.random.fold_in(randomness.key(seed), randomness.PROBES), epoch)
+    order = np.asarray(jax.random.permutation(key, len(x)))
     for step in range(steps):
       rows = order[step * batch_size : (step + 1) * batch_size]
       p = np.exp(with_one[rows] @ w)
@@ -141,6 +142,10 @@ def test_accuracies_count_every_row_of_every_classifier_once(monkeypatch):
     right = np.mean(np.any(order[..., :top] == y[:, None], axis=-1), axis=-1)
     right[1, 2] = 0
     np.testing.assert_allclose(found[name], right, rtol=1e-12)
+  recalls = [np.mean(order[..., y == label, 0] == label, axis=-1) for label in np.unique(y)]
+  balanced = np.mean(recalls, axis=0)
+  balanced[1, 2] = 0
+  np.testing.assert_allclose(found["balanced_top1"], balanced, rtol=1e-12)
 
 
 def test_features_are_standardised_by_the_training_ones():

@@ -73,7 +73,7 @@ def test_of_equal_settings_the_first_is_chosen(monkeypatch):
   data = clusters(40, 8, 4)
   monkeypatch.setattr(probes, "train_grid", lambda x, y, grid, **_: (len(grid.learning_rates), len(grid.weight_decays)))
   monkeypatch.setattr(probes, "logistic_regression", lambda x, y, path, **_: (len(path.l2_strengths), converged(path)))
-  equal = lambda shape, *_, **__: {"top1": np.full(shape, 0.5), "top5": np.full(shape, 0.9)}
+  equal = lambda shape, *_, **__: {"top1": np.full(shape, 0.5), "balanced_top1": np.full(shape, 0.4)}
   monkeypatch.setattr(probes, "accuracies", equal)
   grid, path = chosen(data, data, rates=[0.3, 0.1], decays=[0.1, 0.0], strengths=[1e-2, 1e-3])
   assert (grid.learning_rate, grid.weight_decay, path.l2_strength) == (0.3, 0.1, 1e-2)

@@ -88,9 +88,8 @@ def test_what_is_typed_is_not_measured(tmp_path):
     48,
     10,
   )
-  short = experiment.Experiment(
-    config_lib.load("folder", {**typed, "total_epochs": 0, "measured.epochs": 20}), "pretrain"
-  )
+  typed |= {"total_epochs": 0, "measured.epochs": 20}
+  short = experiment.Experiment(config_lib.load("folder", typed), "pretrain")
   assert (short.config.total_epochs, short.config.optimizer.warmup_epochs) == (20, 2)
   with pytest.raises(errors.UserError, match="batch_size is 0; use 1 or more"):
     config_lib.load("cifar10", {"batch_size": 0})

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from simclr_jax import errors
+from simclr_jax import errors, randomness
 from simclr_jax.data import device_augment
 from simclr_jax.data.distortion import Distortion
 
@@ -26,8 +26,6 @@ NOISE_SIGMA = 0.2
 BLUR_SIGMA = (0.1, 2.0)  # pixels, as in the reference's distortion
 LEAST_TAPS = 3  # a tenth of an image below 20 pixels would be a single tap, which does not blur
 
-# Folded into an example's key; `device_augment` uses 0 for crops and 1 for colours.
-COMPOSED = 2
 NOTHING = len(OPERATIONS)  # code of the identity, which pads lists of codes to one length and so to one program
 LEAST_CODES = 2
 
@@ -69,7 +67,7 @@ def pairs_of_crops(
 
   def step(images, numbers):
     position, operation = numbers
-    own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, COMPOSED), position))(keys)
+    own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, randomness.COMPOSED), position))(keys)
     return jax.lax.switch(operation, branches, images, own), None
 
   operations = jnp.asarray(operations)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from simclr_jax import randomness
 from simclr_jax.data import distortion as distortion_lib
 from simclr_jax.data.distortion import Distortion
 
@@ -12,8 +13,6 @@ from simclr_jax.data.distortion import Distortion
 PRECISION = jax.lax.Precision.HIGHEST
 CUBIC_POINTS = 1024  # per pixel in TensorFlow's table of the cubic kernel; positions are rounded to them
 NO_BLUR = 1e-3  # a standard deviation in pixels at which all taps of the blur but the middle one are exactly zero
-# Said outright: with the generator `rbg`, what vmap draws for one key depends on the other keys.
-GENERATOR = "threefry2x32"
 CONTRAST, SATURATION, HUE = 1, 2, 3  # their numbers in `order`; 0 is brightness
 
 
@@ -174,7 +173,7 @@ def center_crop(image: jax.Array, size: int) -> jax.Array:
 
 def example_keys(seed: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
   """Returns the keys key[N] of examples, each a function of the seed and of its own epoch and index, i32[N], alone."""
-  key = jax.random.key(seed, impl=GENERATOR)
+  key = randomness.key(seed)
   return jax.vmap(lambda epoch, index: jax.random.fold_in(jax.random.fold_in(key, epoch), index))(epoch, index)
 
 
@@ -193,7 +192,8 @@ def distorted_pairs(
     dtype: of the result and of the blur's products; the colours are computed in at least float32.
   """
   shape = [views.shape[1], 9]
-  numbers = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), shape, jnp.float32))(keys)
+  own = lambda key: jax.random.fold_in(key, randomness.COLORS)
+  numbers = jax.vmap(lambda key: jax.random.uniform(own(key), shape, jnp.float32))(keys)
   numbers = iter(jnp.moveaxis(numbers, -1, 0))  # each f32[N, V]
   factors = [low + (high - low) * next(numbers) for low, high in distortion.color_ranges]
   orders = jnp.asarray(distortion_lib.ORDERS)
@@ -245,7 +245,7 @@ def _cropped(images, keys, count, distortion, dtype):
     box = crop_box(box_key, height, width, area=distortion.area, aspect=distortion.aspect)
     return box, jax.random.uniform(coin_key, [], jnp.float32) < 0.5
 
-  view_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 0), count))(keys)
+  view_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, randomness.CROP), count))(keys)
   boxes, mirrored = jax.vmap(jax.vmap(draw))(view_keys)
   images = _unit(images, dtype)[:, None]
   rows, columns = _cubic_weights(boxes, images, distortion.size)

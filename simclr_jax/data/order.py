@@ -6,6 +6,9 @@ import math
 from simclr_jax import errors
 from simclr_jax.data import source as source_lib
 
+# Of the order of resident data: 1 before 0.2.0, see `randomness`. A run keeps the law that it began with.
+LAW = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Process:
@@ -30,6 +33,7 @@ class Order:
   shards: int  # number of parts, a multiple of the hosts
   seed: int  # of the permutations and of the augmentation, 0 to 2^31 - 1
   shuffle_window: int = 2048  # records of files that are permuted together; data in memory is permuted whole
+  law: int = LAW  # of the order of resident data
 
   def check(self, source: source_lib.Source, process_count: int = 1) -> None:
     """Raises a UserError where batch, shards, seed, window, hosts and number of examples do not fit each other."""

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simclr_jax import randomness
 from simclr_jax.data import arrays, device_augment, distortion
 from simclr_jax.data import order as order_lib
 from simclr_jax.hardware import sharding
-
-ORDER = 1  # folded into the run's key, so that the order is independent of the augmentation
 
 
 def on_devices(source: arrays.Arrays, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -50,8 +49,8 @@ def positions(step: jax.Array, *, examples: int, order: order_lib.Order) -> tupl
   position = begin + jnp.arange(count, dtype=jnp.int32)[None]  # i32[1, count], in the streams
   first, epoch, place = begin // size, position // size, position % size
   spanned = int((count - 2 + sizes.min()) // sizes.min()) + 1  # number of epochs that one batch may touch
-  # Generator and types are said outright: a run's order must not depend on JAX's default generator or on x64.
-  key = jax.random.fold_in(jax.random.key(order.seed, impl=device_augment.GENERATOR), ORDER)
+  purpose = randomness.FORMER_ORDER if order.law == 1 else randomness.ORDER
+  key = jax.random.fold_in(randomness.key(order.seed), purpose)
 
   def permutation(shard, epoch):
     own = jax.random.fold_in(jax.random.fold_in(key, shard), epoch)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from simclr_jax import randomness
+
 if TYPE_CHECKING:
   from simclr_jax.data import arrays, stored
 
@@ -86,7 +88,7 @@ class Source(abc.ABC):
     """Returns a source of about `count` examples, a function of the seed; the whole source where it has no more."""
     if count >= self.num_examples:
       return self
-    return self.take(np.sort(np.random.default_rng(seed).permutation(self.num_examples)[:count]))
+    return self.take(np.sort(randomness.host(seed, randomness.SAMPLE).permutation(self.num_examples)[:count]))
 
   @abc.abstractmethod
   def _at(self, rows: np.ndarray | slice) -> dict[str, Any]:

@@ -33,9 +33,10 @@ def held_out_accuracies(
 ) -> Measure:
   """Returns variables -> accuracies on the held-out split, through which the network goes once for all of them.
 
-  `online_top1`, `online_top5`, `online_loss` and `online_examples` where the model has an online classifier, and
-  `knn_top1` of cosine nearest neighbours at temperature 0.1 on the encoder's output h. Every process calls it; the
-  values are the same on any number of devices and processes, up to rounding.
+  Where the model has an online classifier `online_top1`, its mean over the classes `online_balanced_top1`, from six
+  classes on `online_top5`, `online_loss` and `online_examples`; and `knn_top1` and `knn_balanced_top1` of cosine
+  nearest neighbours at temperature 0.1 on the encoder's output h. Every process calls it; the values are the same on
+  any number of devices and processes, up to rounding.
   """
 
   def rows_of(variables, batch):
@@ -60,7 +61,8 @@ def held_out_accuracies(
     if not len(table["label"]):
       return {}
     if "rank" in table:
-      metrics |= {f"online_top{k}": float(np.mean(table["rank"] < k)) for k in (1, 5)}
+      metrics |= {f"online_{name}": float(np.mean(table["rank"] < k)) for name, k in scores.tops(classes).items()}
+      metrics["online_balanced_top1"] = scores.balanced(table["rank"] < 1, table["label"])
       metrics |= {"online_loss": float(np.mean(table["loss"], dtype=np.float64)), "online_examples": len(table["rank"])}
     known = table_of(variables, rows_of_known()) if rows_of_known else None
     if known and np.any(known["label"] >= 0):
@@ -72,7 +74,7 @@ def held_out_accuracies(
         classes=classes,
         mesh=mesh,
       )
-      metrics["knn_top1"] = found["top1"]
+      metrics |= {f"knn_{name}": found[name] for name in ("top1", "balanced_top1")}
     return metrics
 
   return measure

@@ -37,10 +37,11 @@ def accuracies(
 ) -> list[dict[str, Any]]:
   """Returns the held-out accuracies of weighted nearest-neighbour classifiers; Wu et al. 2018, section 3.4.
 
-  For each k, and each temperature within it, in the given order: `k`, `temperature`, `top1` and `top5` (of 1). The k
-  training features with the largest cosine similarity s vote for their labels with weight exp(s / temperature). One
-  search for the largest k serves every k and temperature. Of equal similarities the lower training row ranks first, of
-  equal votes the lower class; a class without a vote is never correct. Rows of label -1 neither vote nor count.
+  For each k, and each temperature within it, in the given order: `k`, `temperature`, `top1`, `balanced_top1` (its mean
+  over the classes) and, where `scores.tops` has it, `top5`. The k training features with the largest cosine similarity
+  s vote for their labels with weight exp(s / temperature). One search for the largest k serves every k and temperature.
+  Of equal similarities the lower training row ranks first, of equal votes the lower class; a class without a vote is
+  never correct. Rows of label -1 neither vote nor count.
   """
   (train_x, train_y), (test_x, test_y) = (features.labelled(Features(*split)) for split in (train, test))
   check(neighbours, len(train_x))
@@ -50,19 +51,20 @@ def accuracies(
   labels = sharding.replicate(np.asarray(train_y, np.int32), mesh)
   ends = tuple(sorted(set(neighbours)))
   count = _counter(search, ends, tuple(temperatures), classes, mesh)
-  correct = np.zeros((len(ends), len(temperatures), 2), np.int64)
+  correct = 0
   for begin in range(0, len(test_x), queries):
     rows = slice(begin, begin + queries)
     x = sharding.replicate(np.asarray(test_x[rows], np.float32), mesh, queries)
     # No class is -1: the rows that fill up the last step are never correct.
     y = np.full(queries, -1, np.int32)
     y[: len(test_y[rows])] = test_y[rows]
-    correct += np.asarray(jax.device_get(count(keys, labels, x, sharding.replicate(y, mesh))))
-  shares = correct / len(test_x)
+    correct += np.asarray(jax.device_get(count(keys, labels, x, sharding.replicate(y, mesh))), np.int64)
+  found = {name: np.sum(correct[:, :, place], axis=-1) / len(test_x) for place, name in enumerate(scores.tops(classes))}
+  found["balanced_top1"] = scores.balanced_of(correct[:, :, 0], np.bincount(test_y, minlength=classes))
   return [
-    {"k": k, "temperature": temperature, "top1": float(top1), "top5": float(top5)}
+    {"k": k, "temperature": temperature, **{name: float(table[ends.index(k), column]) for name, table in found.items()}}
     for k in neighbours
-    for temperature, (top1, top5) in zip(temperatures, shares[ends.index(k)], strict=True)
+    for column, temperature in enumerate(temperatures)
   ]
 
 
@@ -128,12 +130,12 @@ def _search(examples, own, k, mesh, queries, block):
 
 @functools.lru_cache(maxsize=8)
 def _counter(search, ends, temperatures, classes, mesh):
-  """Returns (keys, labels, x, y) -> numbers of correct rows, [len(ends)][len(temperatures)][2]; see `_correct`."""
+  """Returns (keys, labels, x, y) -> correct rows i32[len(ends), len(temperatures), T, classes]; see `_correct`."""
 
   def count(keys, labels, x, y):
     similarity, index = search(keys, x)
     votes = _votes(similarity, labels[index], ends, temperatures, classes)
-    return [[_correct(of_temperature, y) for of_temperature in of_k] for of_k in votes]
+    return jnp.stack([jnp.stack([_correct(of_temperature, y) for of_temperature in of_k]) for of_k in votes])
 
   return jax.jit(count, out_shardings=sharding.replicated(mesh))
 
@@ -168,7 +170,9 @@ def _votes(similarity, label, ends, temperatures, classes):
 
 
 def _correct(votes, y):
-  """Returns the number of rows whose class has the most votes, and of those whose class is among the first five."""
+  """Returns the numbers of rows, by their class, that are correct by each of `scores.tops`; i32[T, classes]."""
   own = jnp.take_along_axis(votes, y[:, None], axis=1)[:, 0]
   rank = scores.ranks(votes, y)
-  return [jnp.sum((rank < top) & (own > 0) & (y >= 0)) for top in (1, 5)]
+  of_class = jax.nn.one_hot(y, votes.shape[1], dtype=jnp.int32)
+  correct = [(rank < top) & (own > 0) & (y >= 0) for top in scores.tops(votes.shape[1]).values()]
+  return jnp.stack([jnp.sum(of_class * rows[:, None], axis=0) for rows in correct])

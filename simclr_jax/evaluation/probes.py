@@ -1,5 +1,6 @@
 """Linear classifiers on fixed features, many trained at once: a grid by gradient descent, and logistic regressions."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn import linear_model, pipeline, preprocessing
 
-from simclr_jax import errors, optim
+from simclr_jax import errors, optim, randomness
 from simclr_jax.evaluation import scores
 from simclr_jax.hardware import sharding
 from simclr_jax.models import heads
@@ -110,7 +111,8 @@ def _grid_functions(grid, head, shape, seed, mesh):
     return optax.apply_updates(params, updates), opt_state
 
   def run_epoch(state, epoch, cells, x, y):
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), examples)
+    key = jax.random.fold_in(jax.random.fold_in(randomness.key(seed), randomness.PROBES), epoch)
+    order = jax.random.permutation(key, jnp.arange(examples, dtype=jnp.int32))
     order = order[: steps * grid.batch_size].reshape(steps, grid.batch_size)
     order = jax.lax.with_sharding_constraint(order, NamedSharding(mesh, PartitionSpec(None, sharding.AXIS)))
     step = lambda state, rows: (_over_grid(update, 0, None, None)(*cells, state, x[rows], y[rows]), None)
@@ -212,28 +214,33 @@ def logits(params: dict[str, Any], x: np.ndarray, *, mesh: Mesh | None = None) -
 def accuracies(
   params: dict[str, Any], x: np.ndarray, y: np.ndarray, *, mesh: Mesh | None = None
 ) -> dict[str, np.ndarray]:
-  """Returns `top1` and `top5` f64[...] of every classifier of a grid or an L2 path; 0 for one that diverged.
+  """Returns accuracies f64[...] of every classifier of a grid or an L2 path; 0 for one that diverged.
 
-  Classifiers have any leading axes: kernel f[..., D, K], bias f[..., K]. The rows are f[M, D] and i32[M].
+  These are `top1`, `balanced_top1` (its mean over the classes) and, where `scores.tops` has it, `top5`. Classifiers
+  have any leading axes: kernel f[..., D, K], bias f[..., K]. The rows are f[M, D] and i32[M].
   """
   mesh = mesh or _one_device()
   examples, block = len(x), -(-BLOCK // mesh.size) * mesh.size
+  classes = params["dense"]["bias"].shape[-1]
 
   def count(dense, x, y, real):
     logits = jnp.dot(x, dense["kernel"], precision="highest") + dense["bias"][None]
     rank = scores.ranks(logits, y)
-    return {name: jnp.sum((rank < top) & real) for name, top in (("top1", 1), ("top5", 5))}
+    counts = {name: jnp.sum((rank < top) & real) for name, top in scores.tops(classes).items()}
+    return counts | {"correct": jnp.zeros(classes, jnp.int32).at[y].add((rank < 1) & real)}
 
   for _ in range(params["dense"]["bias"].ndim - 1):
     count = jax.vmap(count, in_axes=(0, None, None, None))
   count = jax.jit(count, out_shardings=sharding.replicated(mesh))
-  correct = {"top1": 0, "top5": 0}
+  totals = collections.defaultdict(int)
   for begin in range(0, examples, block):
     rows = slice(begin, begin + block)
     part = (x[rows], np.asarray(y[rows], np.int32), np.ones(len(x[rows]), bool))
     counts = count(params["dense"], *(sharding.place_rows(array, mesh, block) for array in part))
-    correct = {name: correct[name] + np.asarray(counts[name], np.int64) for name in correct}
-  return {name: total / examples for name, total in correct.items()}
+    for name, value in counts.items():
+      totals[name] += np.asarray(value, np.int64)
+  balanced = scores.balanced_of(totals.pop("correct"), np.bincount(y, minlength=classes))
+  return {**{name: total / examples for name, total in totals.items()}, "balanced_top1": balanced}
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
@@ -266,7 +273,7 @@ def _moments(x):
 def held_back(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns sorted row numbers (to train on, to choose by), at least one each, about `share` of them in the second."""
   count = min(max(1, round(examples * share)), examples - 1)
-  order = np.random.default_rng([seed, 0]).permutation(examples)
+  order = randomness.host(seed, randomness.HELD_BACK).permutation(examples)
   return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -288,7 +295,7 @@ def _head(classes, dtype):
 
 
 def _zeros(head, dim):
-  return head.init(jax.random.key(0), jnp.zeros((1, dim), head.dtype))["params"]
+  return head.init(randomness.key(0), jnp.zeros((1, dim), head.dtype))["params"]
 
 
 def _over_grid(of, *rest):

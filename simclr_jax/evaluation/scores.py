@@ -1,6 +1,7 @@
 """Scores of classifiers: accuracy of a network on a split, and top-1, mean per class, average precision of a table."""
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from simclr_jax.hardware import sharding
 def accuracy(
   logits_of: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: features.Batches, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
-  """Returns `top1`, `top5`, the mean cross-entropy (`loss`) and the number of `examples` of a whole split.
+  """Returns accuracies, the mean cross-entropy (`loss`) and the number of `examples` of a whole split.
 
+  Accuracies are `top1`, its mean over the classes that have images (`balanced_top1`) and, where `tops` has it, `top5`.
   `logits_of` is (variables, [B, H, W, 3]) -> f32[B, K]; the mesh shares each batch. Images of label -1 have no label
   and do not count; a split with no other is a UserError.
   """
@@ -28,23 +30,47 @@ def accuracy(
     mask = (batch["mask"] > 0) & (batch["label"] >= 0)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
     rank = ranks(logits, label)
+    by_class = lambda rows: jnp.zeros(logits.shape[1], jnp.int32).at[label].add(rows.astype(jnp.int32))
     return {
-      "top1": jnp.sum((rank < 1) & mask),
-      "top5": jnp.sum((rank < 5) & mask),
+      **{name: jnp.sum((rank < top) & mask) for name, top in tops(logits.shape[1]).items()},
+      "correct": by_class((rank < 1) & mask),
+      "of_class": by_class(mask),
       "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
       "examples": jnp.sum(mask),
     }
 
   count = jax.jit(count, out_shardings=sharding.replicated(mesh))
-  totals = dict.fromkeys(("top1", "top5", "loss", "examples"), 0.0)
+  totals = collections.defaultdict(float)
   for rows in batches:
     batch = sharding.global_batch(mesh, {key: rows[key] for key in ("image", "label", "mask")})
     for name, value in jax.device_get(count(variables, batch)).items():
-      totals[name] += float(value)
-  examples = totals.pop("examples")
+      totals[name] += np.asarray(value, np.float64)
+  examples = totals.pop("examples", 0)
   if not examples:
     raise errors.UserError("no held-out image has a label; set --config.data.eval_split to a split with labels.")
-  return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+  balanced = float(balanced_of(totals.pop("correct"), totals.pop("of_class")))
+  shares = {name: float(total / examples) for name, total in totals.items()}
+  return {"top1": shares.pop("top1"), "balanced_top1": balanced, **shares, "examples": int(examples)}
+
+
+def tops(classes: int) -> dict[str, int]:
+  """Returns the accuracies that mean something of so many classes, by name: `top1`, and from six classes on `top5`."""
+  return {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
+
+
+def balanced_of(correct: np.ndarray, of_class: np.ndarray) -> np.ndarray:
+  """Returns f64[...], the mean over the classes with images of the share of `of_class` [K] in `correct` [..., K]."""
+  # A class beyond the K that the classifier knows is never correct.
+  correct = np.pad(correct, [(0, 0)] * (correct.ndim - 1) + [(0, len(of_class) - correct.shape[-1])])
+  present = of_class > 0
+  return np.mean(correct[..., present] / of_class[present], axis=-1)
+
+
+def shown(result: Mapping[str, Any], prefix: str = "eval/") -> str:
+  """Returns "top-1 81.20 %, balanced 79.00 %, top-5 97.00 %" of what is there of a result, for people."""
+  names = {"top1": "top-1", "balanced_top1": "balanced", "top5": "top-5"}
+  known = {shown: result[prefix + name] for name, shown in names.items() if prefix + name in result}
+  return ", ".join(f"{shown} {100 * value:.2f} %" for shown, value in known.items())
 
 
 def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -66,7 +92,11 @@ def top1(scores: np.ndarray, y: np.ndarray) -> float:
 
 def mean_per_class(scores: np.ndarray, y: np.ndarray) -> float:
   """Returns the mean over the classes in i32[N] of the share of their rows f[N, K] that is correct, as in `top1`."""
-  correct = predicted(scores) == y
+  return balanced(predicted(scores) == y, y)
+
+
+def balanced(correct: np.ndarray, y: np.ndarray) -> float:
+  """Returns the mean over the classes in i32[N] of the share of their rows that is correct, bool[N]."""
   return float(np.mean([np.mean(correct[y == label]) for label in np.unique(y)]))
 
 

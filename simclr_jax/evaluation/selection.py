@@ -25,8 +25,9 @@ class GridChoice:
   learning_rate: float
   weight_decay: float
   top1: float  # On the test split, trained on all rows.
-  top5: float
+  balanced_top1: float  # Its mean over the classes.
   validation_top1: np.ndarray  # f64[L, W], of every cell.
+  top5: float | None = None  # From six classes on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,9 @@ class PathChoice:
 
   l2_strength: float
   top1: float  # On the test split, trained on all rows.
-  top5: float
+  balanced_top1: float  # Its mean over the classes.
   validation_top1: np.ndarray  # f64[S], of every strength.
+  top5: float | None = None  # From six classes on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Regression:
   value: float  # Score on the test split, trained on the training and validation splits.
   l2: float
   validation: list[float]  # Score of every strength.
+  logits: np.ndarray  # f[M, K] of the test split.
 
 
 def choose_from_grid(
@@ -119,7 +122,7 @@ def best_regression(
 ) -> Regression:
   """Returns the logistic regression of the transfer protocol; Chen et al. 2020, appendix B.8."""
 
-  def scored(train, held_out, strengths):
+  def logits_of(train, held_out, strengths):
     (train_x, other_x), scale = probes.precondition(train.x, held_out.x)
     # `logistic_regression` takes strengths for the mean of the losses, here in coordinates divided by `scale`.
     of_mean = dataclasses.replace(path, l2_strengths=[strength / (len(train_x) * scale**2) for strength in strengths])
@@ -130,14 +133,15 @@ def best_regression(
         "%s: %d of %d searches stopped after up to %d steps with gradients up to %.2g, above tolerance %g.",
         *(name, np.sum(far), len(far), np.max(ended["steps"]), np.max(ended["gradient"]), path.tolerance),
       )
-    return [score(logits, held_out.label) for logits in probes.logits(trained, other_x, mesh=mesh)]
+    return list(probes.logits(trained, other_x, mesh=mesh))
 
   train, validation, test = (Features(*split) for split in (train, validation, test))
-  by_strength = scored(train, validation, path.l2_strengths)
+  found = logits_of(train, validation, path.l2_strengths)
+  by_strength = [score(logits, validation.label) for logits in found]
   best = len(by_strength) - 1 - int(np.argmax(by_strength[::-1]))
   both = Features(*(np.concatenate(arrays) for arrays in zip(train, validation, strict=True)))
-  (value,) = scored(both, test, [path.l2_strengths[best]])
-  return Regression(value, float(path.l2_strengths[best]), by_strength)
+  (logits,) = logits_of(both, test, [path.l2_strengths[best]])
+  return Regression(score(logits, test.label), float(path.l2_strengths[best]), by_strength, logits)
 
 
 def _flat(x, y):

@@ -40,8 +40,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   table = neighbours.accuracies(known, test, **options)
   seconds["knn"] = time.monotonic() - begin
   result = {
-    "eval/knn_top1": table[0]["top1"],
-    "eval/knn_top5": table[0]["top5"],
+    **{f"eval/knn_{name}": table[0][name] for name in ("top1", "balanced_top1", "top5") if name in table[0]},
     "eval/examples": held_out.num_examples,
     "train/examples": train.num_examples,
     "neighbours": ks,
@@ -59,13 +58,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> str:
   """Returns the table of all k and temperatures, for people."""
   cells = {(cell["k"], cell["temperature"]): cell for cell in result["table"]}
+  shown = {"top-1": "top1", "balanced": "balanced_top1", "top-5": "top5"}
+  shown = {title: name for title, name in shown.items() if name in result["table"][0]}
+  width = 9 * len(shown)
   lines = [
-    f"knn: top-1 / top-5 % of {result['eval/examples']} held-out images, {result['train/examples']} training images "
-    f"with {result['dimensions']} numbers each; by k and temperature",
-    " " * 8 + "".join(f"{temperature:>16g}" for temperature in result["temperatures"]),
+    f"knn: {' / '.join(shown)} % of {result['eval/examples']} held-out images, "
+    f"{result['train/examples']} training images with {result['dimensions']} numbers each; by k and temperature",
+    " " * 8 + "".join(f"{temperature:>{width}g}" for temperature in result["temperatures"]),
   ]
   for k in result["neighbours"]:
     row = [cells[k, temperature] for temperature in result["temperatures"]]
-    lines.append(f"{k:>8}" + "".join(f"{100 * cell['top1']:>8.2f} /{100 * cell['top5']:>6.2f}" for cell in row))
+    texts = [" / ".join(f"{100 * cell[name]:.2f}" for name in shown.values()) for cell in row]
+    lines.append(f"{k:>8}" + "".join(f"{text:>{width}}" for text in texts))
   lines.append("seconds: " + ", ".join(f"{part} {result[f'seconds/{part}']:.1f}" for part in ("features", "knn")))
   return "\n".join(lines)

@@ -71,8 +71,7 @@ def _stored(this: experiment.Experiment) -> dict[str, Any]:
   result |= {"layer": saved.classifier_layer, "protocol": "stored", "checkpoint": path}
   telemetry.write_result(this.workdir, result)
   telemetry.log.info(
-    "linear_eval: stored classifier, top-1 %.2f %%, top-5 %.2f %% of %d held-out images",
-    *(100 * result["eval/top1"], 100 * result["eval/top5"], result["eval/examples"]),
+    "linear_eval: stored classifier, %s of %d held-out images", scores.shown(result), result["eval/examples"]
   )
   return result
 
@@ -118,10 +117,8 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   cells = [{"learning_rate": rate, "weight_decay": decay, "top1": float(top1)} for (rate, decay), top1 in by_cell]
   by_strength = zip(path.l2_strengths, by_path.validation_top1, strict=True)
   result = {
-    "eval/top1": by_grid.top1,
-    "eval/top5": by_grid.top5,
-    "eval/lbfgs_top1": by_path.top1,
-    "eval/lbfgs_top5": by_path.top5,
+    **_counted("eval/", by_grid),
+    **_counted("eval/lbfgs_", by_path),
     "learning_rate": by_grid.learning_rate,
     "weight_decay": by_grid.weight_decay,
     "l2_strength": by_path.l2_strength,
@@ -138,6 +135,12 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   }
   telemetry.log.info("%s\n%s", report(result), telemetry.write_result(this.workdir, result))
   return result
+
+
+def _counted(prefix: str, choice: selection.GridChoice | selection.PathChoice) -> dict[str, float]:
+  """Returns the accuracies of a choice by their names in the result."""
+  values = {name: getattr(choice, name) for name in ("top1", "balanced_top1", "top5")}
+  return {prefix + name: value for name, value in values.items() if value is not None}
 
 
 def _settings(keys) -> tuple[probes.Grid, probes.L2Path]:
@@ -162,9 +165,9 @@ def report(result: dict[str, Any]) -> str:
     "logistic regression, by L2 strength: "
     + ", ".join(f"{cell['l2_strength']:g}: {100 * cell['top1']:.2f}" for cell in result["validation/lbfgs_top1"]),
     f"of {result['eval/examples']} held-out images: "
-    f"top-1 {100 * result['eval/top1']:.2f} %, top-5 {100 * result['eval/top5']:.2f} % "
+    f"{scores.shown(result)} "
     f"(learning rate {result['learning_rate']:g}, weight decay {result['weight_decay']:g}); "
-    f"logistic regression {100 * result['eval/lbfgs_top1']:.2f} %, {100 * result['eval/lbfgs_top5']:.2f} % "
+    f"logistic regression {scores.shown(result, 'eval/lbfgs_')} "
     f"(L2 strength {result['l2_strength']:g})",
     "seconds: " + ", ".join(f"{part} {result[f'seconds/{part}']:.1f}" for part in ("features", "grid", "lbfgs")),
   ]

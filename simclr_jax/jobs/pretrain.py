@@ -77,7 +77,7 @@ def run(
 def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views) -> loop.Evaluate | None:
   """Returns state -> metrics, called by all processes alike, or None where there is nothing to measure.
 
-  `eval/online_*` (accuracies, loss, examples) and `eval/knn_top1` of the held-out split; `eval/alignment`,
+  `eval/online_*` (accuracies, loss, examples) and `eval/knn_*top1` of the held-out split; `eval/alignment`,
   `eval/uniformity` of the projection z, and the effective ranks `eval/rank_h`, `eval/rank_z`. The same on any number
   of devices and processes, to rounding.
   """

@@ -69,7 +69,8 @@ def report(result: dict[str, Any]) -> str:
   """Returns the table of all data sets, with the published figures beside, for people."""
   lines = [
     "transfer: test %; published: SimCLR on ImageNet, linear, ResNet-50 and ResNet-50 4x (arXiv 2002.05709, B.8)",
-    f"{'data set':<24}{'metric':<16}{'test %':>8}{'published 1x':>14}{'4x':>7}{'L2':>10}{'classes':>9}{'test':>8}",
+    f"{'data set':<24}{'metric':<16}{'test %':>8}{'balanced':>10}{'published 1x':>14}{'4x':>7}{'L2':>10}"
+    f"{'classes':>9}{'test':>8}",
   ]
   lines += [_line(key, row) for key, row in result["datasets"].items()]
   lines += [f"{key:<24}missing" for key in result["missing"]]
@@ -78,9 +79,10 @@ def report(result: dict[str, Any]) -> str:
 
 def _line(key, row):
   published = row["published"] or ("-", "-")
+  balanced = f"{100 * row['balanced_top1']:.2f}" if "balanced_top1" in row else "-"
   return (
-    f"{key:<24}{METRICS[row['metric']][1]:<16}{100 * row['value']:>8.2f}{published[0]:>14}{published[1]:>7}"
-    f"{row['l2']:>10.3g}{row['classes']:>9}{row['examples']['test']:>8}"
+    f"{key:<24}{METRICS[row['metric']][1]:<16}{100 * row['value']:>8.2f}{balanced:>10}"
+    f"{published[0]:>14}{published[1]:>7}{row['l2']:>10.3g}{row['classes']:>9}{row['examples']['test']:>8}"
   )
 
 
@@ -147,9 +149,11 @@ def _evaluate(
   best = selection.best_regression(task.key, **read, path=path, **options)
   seconds["regressions"] = time.monotonic() - begin
   by_strength = zip(path.l2_strengths, best.validation, strict=True)
+  balanced = {} if train.multi_label else {"balanced_top1": scores.mean_per_class(best.logits, read["test"].label)}
   return {
     "metric": metric,
     "value": best.value,
+    **balanced,
     "l2": float(best.l2),
     "validation": [{"l2": float(l2), "value": value} for l2, value in by_strength],
     "examples": {part: len(found.x) for part, found in read.items()},

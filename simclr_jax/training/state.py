@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from simclr_jax import randomness
 from simclr_jax.hardware import sharding
 
 
@@ -34,16 +35,16 @@ class TrainState:
 def variables(model: nn.Module, image_size: int, seed: int, mesh: Mesh, *, sharded: bool = False) -> tuple[Any, Any]:
   """Returns (params, batch_stats) of `model` at initialisation, the same on any number of devices.
 
-  The seed is that of `jax.random.key`. Each device holds a copy; with `sharded`, a part of every large parameter.
+  The seed is that of `randomness.key`. Each device holds a copy; with `sharded`, a part of every large parameter.
   """
   params, batch_stats = abstract_variables(model, image_size, mesh, sharded=sharded)
   placement = jax.tree.map(lambda x: x.sharding, (params, batch_stats))
-  return jax.jit(functools.partial(_init, model, image_size), out_shardings=placement)(jax.random.key(seed))
+  return jax.jit(functools.partial(_init, model, image_size), out_shardings=placement)(randomness.key(seed))
 
 
 def abstract_variables(model: nn.Module, image_size: int, mesh: Mesh, *, sharded: bool = False) -> tuple[Any, Any]:
   """Returns shapes, dtypes and placements of (params, batch_stats); computes nothing. Arguments as `variables`."""
-  params, batch_stats = jax.eval_shape(functools.partial(_init, model, image_size), jax.random.key(0))
+  params, batch_stats = jax.eval_shape(functools.partial(_init, model, image_size), randomness.key(0))
   return _placed(params, mesh, sharded), _placed(batch_stats, mesh, False)
 
 
