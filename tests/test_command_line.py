@@ -132,7 +132,6 @@ def test_a_batch_that_does_not_split_names_one_that_does(pretrain):
     ("augment.place=tpu", "host"),
     ("data.source=tfdz", "tfds"),
     ("data.train_split=trian", "train"),
-    ("data.shards=7", "shards"),
     ("head.layers=-1", "layers"),
   ],
 )
