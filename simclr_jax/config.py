@@ -41,7 +41,7 @@ def load(name_or_path: str = "", overrides: Mapping[str, Any] | None = None) -> 
     # Imported late: it brings Orbax, and --help should answer at once.
     from simclr_jax.training import checkpoint
 
-    config = completed(checkpoint.open(path).config)
+    config = inherited(checkpoint.open(path).config)
   else:
     raise errors.UserError(f"no --config; give an experiment, such as one of {', '.join(bundled())}.")
   config.lock()
@@ -141,6 +141,24 @@ def completed(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
+# Of the job that wrote a checkpoint alone: what a later one starts from and which labels it sees, it says itself.
+OWN = tuple(name for name in KEYS if name.startswith("labels.")) + ("checkpoint", "distill.teacher")
+
+
+def inherited(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns the config that a job takes from a checkpoint's: all of it but the keys OWN, which have their defaults."""
+  config = completed(saved)
+  for name in OWN:
+    set_key(config, name, KEYS[name].default)
+  return config
+
+
+def changed(config: ml_collections.ConfigDict, typed: Mapping[str, Any]) -> str:
+  """Returns the keys that differ from the defaults and were not typed, "model.depth=18, ..." in one line."""
+  values = {name: get_key(config, name) for name in KEYS if name not in typed}
+  return ", ".join(f"{name}={value}" for name, value in values.items() if value != KEYS[name].default)
+
+
 def described(config: ml_collections.ConfigDict) -> str:
   """Returns every key, its value and meaning, a line each; a star marks what differs from the defaults."""
   rows = [(name, get_key(config, name), key) for name, key in KEYS.items()]
@@ -224,7 +242,11 @@ def claim(
       was, now = (flat(tree).get(name) for tree in (theirs, ours))
       raise errors.UserError(
         f"workdir {workdir} holds another run: {name} was {was!r}, now is {now!r}; "
-        "choose another --workdir or repeat that run's command."
+        + (
+          f"to train for longer, start from its weights: another --workdir and --config.checkpoint={workdir}."
+          if name.rpartition(".")[2] in ("total_epochs", "total_steps") and theirs["job"] == job
+          else "choose another --workdir or repeat that run's command."
+        )
       )
   if jax.process_index() == 0:
     facts = {"job": job, "version": __version__, "order": order_law(workdir)}

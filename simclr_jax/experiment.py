@@ -22,7 +22,7 @@ from simclr_jax.data.distortion import Distortion
 from simclr_jax.hardware import sharding
 from simclr_jax.losses import negatives
 from simclr_jax.models import encoders, simclr
-from simclr_jax.training import checkpoint, loop, objectives, step
+from simclr_jax.training import checkpoint, loop, objectives, step, telemetry
 from simclr_jax.training import state as state_lib
 
 # Rows of a run whose `log_every_steps` is 0.
@@ -282,8 +282,25 @@ class Experiment:
     return self._with_queue(model, state, negatives.shapes)
 
   def state(self, model: simclr.SimCLR, tx: optax.GradientTransformation) -> state_lib.TrainState:
-    """Returns the state of pretraining before the first step."""
-    return self._with_queue(model, state_lib.create(*self.variables(model), tx), negatives.create)
+    """Returns the state of pretraining before the first step, with the weights of `config.checkpoint` if it names one.
+
+    They are the encoder's, and the projection head's where it has the same shapes; all else is as initialised.
+    """
+    params, batch_stats = self.variables(model)
+    if self.is_pretrained:
+      saved = self.saved()
+      theirs, sizes = (
+        saved.shapes[checkpoint.MODEL]["params"],
+        lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree),
+      )
+      names = ["encoder"]
+      if "projection_head" in params and sizes(theirs.get("projection_head", {})) == sizes(params["projection_head"]):
+        names.append("projection_head")
+      wanted = [{name: tree[name] for name in names if name in tree} for tree in (params, batch_stats)]
+      found, statistics = saved.load(*wanted)
+      params, batch_stats = {**params, **found}, {**batch_stats, **statistics}
+      telemetry.log.info("%s: starts from %s of %s", self.job, " and ".join(names), saved.path)
+    return self._with_queue(model, state_lib.create(params, batch_stats, tx), negatives.create)
 
   def variables(self, model: Any) -> tuple[Any, Any]:
     """Returns (params, batch_stats) of a network at initialisation, placed."""

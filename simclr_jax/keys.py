@@ -180,7 +180,7 @@ TREE: dict[str, Any] = {
   "checkpoint_every_seconds": Key(0.0, "above 0: also so long after the latest one", AMOUNT, is_free=True),
   "keep_checkpoints": Key(3, "the number of latest checkpoints that stay", COUNT, is_free=True),
   "keep_every_epochs": Key(0.0, "checkpoints at multiples of this stay for good; 0: none", AMOUNT, is_free=True),
-  "checkpoint": Key("", "what later jobs start from: a run, one of its checkpoints, or random", is_path=True),
+  "checkpoint": Key("", "what a job starts from: a run, one of its checkpoints, or random", is_path=True),
   "labels": {
     "fraction": Key(1.0, "share of each class whose labels finetune, linear_eval, distill and knn see", SHARE),
     "seed": Key(0, "of the choice", WHOLE),

@@ -17,6 +17,7 @@ from runs import ROOT, TINY, arrays, job, start, training_rows
 
 import simclr_jax
 from simclr_jax import __main__ as command
+from simclr_jax import config as config_lib
 from simclr_jax import errors
 from simclr_jax.data import profile
 from simclr_jax.training import checkpoint, loop, telemetry
@@ -140,7 +141,48 @@ def test_a_checkpoint_of_another_architecture_is_refused(pretrained, tmp_path, c
 
 def test_a_workdir_that_holds_another_run_is_refused(pretrained, capsys):
   assert command.main(["pretrain", *TINY, f"--workdir={pretrained}", "--config.total_steps=7"]) == 2
-  assert "total_steps was 6, now is 7" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "total_steps was 6, now is 7" in said
+  assert f"to train for longer, start from its weights: another --workdir and --config.checkpoint={pretrained}" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out_dim", [8, 4])
+def test_pretraining_starts_from_the_weights_of_a_run(pretrained, tmp_path, out_dim):
+  job(
+    "pretrain",
+    tmp_path,
+    f"--config.checkpoint={pretrained}",
+    "--config.total_steps=1",
+    f"--config.head.out_dim={out_dim}",
+  )
+  before, after = arrays(pretrained), arrays(tmp_path)
+  # The first step has a learning rate of zero.
+  weights = [name for name in before if name.startswith("['model']['params']['encoder']")]
+  assert len(weights) > 10
+  assert all(before[name].tobytes() == after[name].tobytes() for name in weights)
+  heads = [name for name in before if name.startswith("['model']['params']['projection_head']")]
+  assert all((before[name].tobytes() == after[name].tobytes()) == (out_dim == 8) for name in heads if "kernel" in name)
+  assert json.loads((tmp_path / "result.json").read_text())["checkpoint"] == str(pretrained)
+
+
+def test_pretraining_from_a_run_that_is_not_there_is_refused(tmp_path, capsys):
+  argv = [*TINY, f"--config.checkpoint={tmp_path}/none", f"--workdir={tmp_path}/run"]
+  assert command.main(["pretrain", *argv]) == 2
+  assert "does not exist" in capsys.readouterr().err
+
+
+def test_what_a_run_started_from_and_its_labels_are_not_inherited(finetuned, pretrained):
+  assert checkpoint.open(str(finetuned)).config["checkpoint"] == str(pretrained)
+  config = config_lib.load("", {"distill.teacher": str(finetuned)})
+  assert (config.checkpoint, config.model.depth, config.data.image_size) == ("", 10, 16)
+  saved = {**config.to_dict(), "labels": {"fraction": 0.1, "seed": 3, "ids": "/x"}, "checkpoint": "/y"}
+  after = config_lib.inherited(saved)
+  assert (after.labels.to_dict(), after.checkpoint) == ({"fraction": 1.0, "seed": 0, "ids": ""}, "")
+  said = config_lib.changed(after, {"data.image_size": "16"})
+  assert "model.depth=10" in said
+  assert "image_size" not in said
+  assert "\n" not in said
 
 
 @pytest.mark.parametrize("resident", ["true", "false"])

@@ -3,7 +3,7 @@
 Two augmented views of each image go through encoder and projection head; NT-Xent pulls them together and pushes all
 other images of the global batch away. Where the images have labels, a linear classifier behind stop_gradient learns
 along and shows how good the features are. Needs --config and --workdir. Killed or preempted, the same command continues
-from the last checkpoint.
+from the last checkpoint. --config.checkpoint=RUN starts from a run's weights, with a fresh optimizer at step 0.
 
 --profile_steps=10,15 writes a profiler trace of these steps to DIR/profile. --profile_input runs the input pipeline
 alone and says how many host threads it takes to feed a chip (--chip=v5e, --mfu=0.4 the share of its peak expected).
@@ -68,6 +68,8 @@ def run(
   )
   step_fn = images.jit(this.step(objective, optimizer), state)
   _, result = loop.train(state, step_fn, images, settings)
+  if config.checkpoint:
+    result = {**result, "checkpoint": config.checkpoint}
   telemetry.write_result(workdir, result)
   if draw:
     _draw(workdir, views)
