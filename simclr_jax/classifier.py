@@ -42,6 +42,7 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
   encoder = run.network.encoder()
   model = simclr.Classifier(encoder, head, projection, task.layer, task.after_stage, task.frozen_head)
   examples = task.train.num_examples
+  run.fit_batch(examples)
   optimizer, images = run.optimizer(examples), run.singles(task.train)
   constants = task.constants()
   objective = task.objective(model, run.decay, images.prepare)

@@ -5,6 +5,7 @@ import inspect
 import json
 import pathlib
 import traceback
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,11 +103,20 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Raises a UserError for the first value that is not among its key's choices or outside of its interval."""
   for name, key in KEYS.items():
     value = get_key(config, name)
+    if name in unmeasured(config):
+      continue
     if problem := key.problem(value):
       raise errors.UserError(f"config.{name} is {value!r}{problem}")
   low, high = config.augment.min_area, config.augment.max_area
   if low > high:
     raise errors.UserError(f"config.augment.min_area is {low} and max_area {high}; use a smaller min_area.")
+
+
+def unmeasured(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns the keys whose values the images of a folder are to give."""
+  if config.data.source != "folder":
+    return []
+  return [name for name, key in KEYS.items() if key.from_folder and get_key(config, name) == 0]
 
 
 def bundled() -> dict[str, pathlib.Path]:
@@ -198,10 +208,30 @@ def order_law(workdir: str) -> int:
   return json.loads(path.read_text()).get("order", 1) if workdir and path.exists() else order.LAW
 
 
-def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ...] = FREE) -> None:
+def recorded(workdir: str, config: ml_collections.ConfigDict) -> dict[str, Value]:
+  """Returns the values, by key, that the run in a folder took in place of what was asked for, as `config` does again.
+
+  They depend on the data, which may have grown since. See `claim`.
+  """
+  path = epath.Path(workdir) / "config.json"
+  if not workdir or not path.exists():
+    return {}
+  stored = json.loads(path.read_text())
+  ours, theirs = flat(config.to_dict()), flat(stored["config"])
+  return {name: theirs[name] for name, asked in stored.get("asked", {}).items() if ours[name] in (asked, theirs[name])}
+
+
+def claim(
+  workdir: str,
+  config: Mapping[str, Any],
+  job: str,
+  free: tuple[str, ...] = FREE,
+  asked: Mapping[str, Value] = types.MappingProxyType({}),
+) -> None:
   """Writes `workdir/config.json`, or checks that it already holds this very run: its job and its plain nested config.
 
-  Keys in `free` may differ; the UserError for another run names the first one else that does.
+  Keys in `free` may differ; the UserError for another run names the first one else that does. `asked` has the values
+  that the user gave for keys whose values the data changed; see `recorded`.
   """
   path = epath.Path(workdir) / "config.json"
   if path.exists():
@@ -219,7 +249,8 @@ def claim(workdir: str, config: Mapping[str, Any], job: str, free: tuple[str, ..
         )
       )
   if jax.process_index() == 0:
-    files.write_json(path, {"job": job, "version": __version__, "order": order_law(workdir), "config": config})
+    facts = {"job": job, "version": __version__, "order": order_law(workdir)}
+    files.write_json(path, {**facts, "config": config, "asked": dict(asked)})
 
 
 def _nearest_key(name: str, known: Mapping[str, Any]) -> str:

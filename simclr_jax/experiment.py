@@ -5,6 +5,7 @@ Jobs ask an `Experiment`. Nothing below this module sees a ConfigDict.
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,13 +17,18 @@ from etils import epath
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, network, optim
-from simclr_jax.data import inputs, order, source, sources, subset
+from simclr_jax.data import inputs, measure, order, source, sources, subset
 from simclr_jax.data.distortion import Distortion
 from simclr_jax.hardware import sharding
 from simclr_jax.losses import negatives
 from simclr_jax.models import encoders, simclr
 from simclr_jax.training import checkpoint, loop, objectives, step, telemetry
 from simclr_jax.training import state as state_lib
+
+# Rows of a run whose `log_every_steps` is 0.
+LOGGED_ROWS = 100
+
+log = logging.getLogger("simclr_jax")
 
 # Jobs that train a classifier by a recipe of their own, a section of the config.
 RECIPES = ("linear_eval", "finetune", "distill")
@@ -42,13 +48,21 @@ class Experiment:
   def __init__(
     self, config: ml_collections.ConfigDict, job: str, workdir: str = "", *, devices: list[jax.Device] | None = None
   ):
-    """Checks the config against the devices (default: all), before anything is compiled."""
+    """Checks the config against the devices (default: all), before anything is compiled.
+
+    What is to be measured of the images is measured, unless an earlier start of the run has; `asked` has what was there
+    before, by key.
+    """
+    config_lib.check(config)
+    config = config.copy_and_resolve_references()  # Ours: see `fit_batch`.
     self.config, self.job, self.workdir = config, job, workdir
+    self.asked = {}
+    self._take(config_lib.recorded(workdir, config))
+    self._measure()
     self.network = network.Network(config)
     self._section = f"{job}." if job in RECIPES else ""
     # What has batch size, length and optimizer: the whole config for pretrain and for jobs without.
     self.recipe = config[job] if job in RECIPES else config
-    config_lib.check(config)
     self.mesh = sharding.data_mesh(devices)
     if self._section or job in ("pretrain", "plan"):
       name, parts = f"config.{self._section}batch_size", self.recipe.micro_batches
@@ -71,6 +85,50 @@ class Experiment:
     """The devices, for the log."""
     kind, processes = self.mesh.devices.flat[0].device_kind, jax.process_count()
     return f"{self.mesh.size} x {kind}, {processes} process{'es' * (processes > 1)}"
+
+  # What depends on the data.
+
+  def _take(self, values: dict[str, config_lib.Value]) -> None:
+    """Sets keys to what is used in place of what was asked for."""
+    for name, value in values.items():
+      self.asked.setdefault(name, config_lib.get_key(self.config, name))
+      config_lib.set_key(self.config, name, value)
+
+  def _measure(self) -> None:
+    """Chooses the values of the keys that are 0, which the images of a folder give, and says so."""
+    config, missing = self.config, config_lib.unmeasured(self.config)
+    if "data.image_size" in missing and self.is_pretrained:
+      self._take({"data.image_size": checkpoint.open(config.checkpoint).config["data"]["image_size"]})
+      missing.remove("data.image_size")
+    if not missing:
+      return
+    keys, examples, found = config.measured, self.train.num_examples, []
+    limits = measure.Limits(keys.image_size, keys.batch_size, keys.epochs, keys.images_seen)
+    if "data.image_size" in missing:
+      found = measure.sizes([str(epath.Path(config.data.dir) / name) for name in self.train.names()])
+      self._take({"data.image_size": measure.image_size(found, limits)})
+    if "batch_size" in missing:
+      self._take({"batch_size": measure.batch_size(examples, limits)})
+    if "total_epochs" in missing:
+      length, warmup = measure.epochs(examples, limits), config.optimizer.warmup_epochs
+      self._take({"total_epochs": length, "optimizer.warmup_epochs": min(warmup, length / 10)})
+    common, is_most = measure.commonest(found) if found else (None, False)
+    log.info(
+      "folder: %d images%s -> image_size %d, batch_size %d, %g epochs, warm-up %g",
+      *(examples, f", {'most' if is_most else 'commonest size'} {common[0]}x{common[1]}" if found else ""),
+      *(config.data.image_size, config.batch_size, config.total_epochs, config.optimizer.warmup_epochs),
+    )
+
+  def fit_batch(self, examples: int) -> None:
+    """Lowers the recipe's batch size to what so many training images fill, and says so."""
+    name, asked, parts = f"{self._section}batch_size", self.recipe.batch_size, self.recipe.micro_batches
+    fitted = order.fitted(asked, examples, shards=self.config.data.shards, micro_batches=parts)
+    if fitted == asked:
+      return
+    log.info("config.%s is %d and there are %d images: batches of %d.", name, asked, examples, fitted)
+    sharding.check_divisible(fitted, self.mesh, micro_batches=parts, name=f"config.{name}")
+    self._take({name: fitted})
+    self.network = network.Network(self.config)
 
   # The images.
 
@@ -161,9 +219,10 @@ class Experiment:
 
   def _plan(self, batch_size: int = 0) -> inputs.Plan:
     data = self.config.data
-    sizes = batch_size or self.recipe.batch_size, data.shards
+    batch_size = batch_size or self.recipe.batch_size
+    sizes, law = (batch_size, order.shards_of(batch_size, data.shards)), config_lib.order_law(self.workdir)
     return inputs.Plan(
-      order.Order(*sizes, self.config.seed, data.shuffle_window, config_lib.order_law(self.workdir)),
+      order.Order(*sizes, self.config.seed, data.shuffle_window, law),
       place=self.config.augment.place,
       resident=data.resident,
       steps_per_dispatch=data.steps_per_dispatch,
@@ -269,18 +328,26 @@ class Experiment:
     """Returns what the loop needs, once the workdir is known to be this run's."""
     self.claim()
     config, batch_size = self.config, self.recipe.batch_size
+    warmup = optim.warmup_steps(examples, self.recipe.optimizer.warmup_epochs, batch_size)
+    if warmup > optimizer.total_steps // 10 + 1:
+      log.info(
+        "config.%soptimizer.warmup_epochs is %d of %d steps, more than a tenth of the run.",
+        *(self._section, warmup, optimizer.total_steps),
+      )
     # Intervals in steps: 0 for 0 epochs, else at least one step.
     every = lambda epochs: max(1, round(epochs * round(examples / batch_size))) if epochs else 0
     checkpoints = checkpoint.Checkpoints(
       self.workdir,
       config.to_dict(),
       every_steps=config.checkpoint_every_steps or every(config.checkpoint_every_epochs),
+      every_seconds=config.checkpoint_every_seconds,
       keep=config.keep_checkpoints,
       keep_every_steps=every(config.keep_every_epochs),
       classifier_layer=classifier_layer,
     )
     return loop.Run(
-      *(self.workdir, optimizer.total_steps, batch_size, checkpoints, config.log_every_steps),
+      *(self.workdir, optimizer.total_steps, batch_size, checkpoints),
+      log_every_steps=config.log_every_steps or max(1, optimizer.total_steps // LOGGED_ROWS),
       title=self.job,
       shown=objective.shown,
       flops_per_step=flops_per_step,
@@ -291,7 +358,7 @@ class Experiment:
 
   def claim(self, free: tuple[str, ...] = config_lib.FREE) -> None:
     """Writes `workdir/config.json`, or checks that it holds this very run; see `config.claim`."""
-    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free)
+    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked)
 
   # The checkpoint that the run starts from.
 
@@ -337,4 +404,5 @@ def is_finished(workdir: str, config: ml_collections.ConfigDict) -> bool:
   if not (folder / "result.json").exists():
     return False
   stored = json.loads((folder / "config.json").read_text())["config"]
-  return not config_lib.difference(config.to_dict(), stored)
+  ours = config_lib.flat(config.to_dict()) | config_lib.recorded(workdir, config)
+  return not config_lib.difference(ours, stored)

@@ -16,7 +16,8 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
   """Writes a file whole or not at all, whenever the process is killed; makes its folder if that is missing."""
   target = epath.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(target.name + ".partial")
+  # Readers of a whole folder, such as Arrow's, skip hidden files.
+  partial = target.with_name(f".{target.name}.partial")
   partial.write_bytes(content)
   partial.replace(target)
 

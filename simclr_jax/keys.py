@@ -31,6 +31,7 @@ class Key:
   choices: Collection[str] = ()
   is_path: bool = False  # Names a file or folder; relative paths are made absolute when they are typed.
   is_free: bool = False  # May change when a run continues, because no result depends on it.
+  from_folder: bool = False  # 0 takes what a folder of images suggests; other sources have no 0.
 
   def problem(self, value: Value) -> str:
     """Returns what to use in place of a value that the key cannot have, or ""."""
@@ -79,8 +80,8 @@ _PRECISIONS = tuple(encoders.DTYPES)
 # Every key by its sections.
 TREE: dict[str, Any] = {
   "seed": Key(0, "of parameters, data order and augmentation", WHOLE),
-  "batch_size": Key(512, "images (not views) in a global batch, over all devices", COUNT),
-  "total_epochs": Key(100.0, "length of pretraining", POSITIVE),
+  "batch_size": Key(512, "images (not views) in a global batch; 0: by the folder's images", COUNT, from_folder=True),
+  "total_epochs": Key(100.0, "length of pretraining; 0: by the folder's images", POSITIVE, from_folder=True),
   "total_steps": Key(0, "above 0: so many steps in place of total_epochs", WHOLE),
   "micro_batches": Key(1, "parts of a batch that go through the network in turn; BatchNorm sees one part", COUNT),
   "eval_batch_size": Key(256, "over all devices; changes speed only, every example counts once", COUNT, is_free=True),
@@ -90,14 +91,20 @@ TREE: dict[str, Any] = {
     "dir": Key("", "TFDS data_dir ('' is its default), folder of images, or .npz file", is_path=True, is_free=True),
     "train_split": Key("train", "sub-splits too: train[:90%]"),
     "eval_split": Key("test", "'' pretrains without held-out images"),
-    "image_size": Key(32, "side of the network's input in pixels", PIXELS),
-    "shards": Key(16, "parts with an order of their own; hosts divide them, they divide the batch", COUNT),
+    "image_size": Key(32, "side of the network's input in pixels; 0: by the folder's images", PIXELS, from_folder=True),
+    "shards": Key(16, "parts with an order of their own, at most; hosts divide them", COUNT),
     "shuffle_window": Key(2048, "records of a part shuffled together where the data does not fit in memory", COUNT),
     "cache": Key(True, "keep the encoded images in memory; each epoch is then one permutation of a part"),
     "resident": Key(False, "keep all images, of one size, decoded on every device; the host feeds nothing then"),
     "steps_per_dispatch": Key(20, "at most so many steps of resident data in one dispatch", COUNT, is_free=True),
     "examples": Key(0, "images in a split of the built-in shapes", WHOLE),
     "max_bad_share": Key(0.01, "share of a folder's images that may be corrupt before the run stops", UNIT),
+  },
+  "measured": {
+    "image_size": Key(224, "the largest, where data.image_size is 0", PIXELS),
+    "batch_size": Key(256, "the largest, where batch_size is 0", COUNT),
+    "epochs": Key(200, "the most, where total_epochs is 0; warm-up is then at most a tenth", COUNT),
+    "images_seen": Key(20_000_000, "about so many together in these epochs", COUNT),
   },
   "augment": {
     "place": Key(
@@ -161,7 +168,7 @@ TREE: dict[str, Any] = {
       is_free=True,
     )
   },
-  "log_every_steps": Key(50, "interval of metric rows", COUNT, is_free=True),
+  "log_every_steps": Key(50, "interval of metric rows; 0: about 100 rows a run", WHOLE, is_free=True),
   "evaluate_every_epochs": Key(10.0, "interval of what pretrain measures beside; 0: at the end", AMOUNT, is_free=True),
   "monitor": {
     "knn_images": Key(5000, "training images whose features vote on eval_split; 0: no online kNN", WHOLE, is_free=True),
@@ -170,6 +177,7 @@ TREE: dict[str, Any] = {
   },
   "checkpoint_every_epochs": Key(1.0, "interval of checkpoints", AMOUNT, is_free=True),
   "checkpoint_every_steps": Key(0, "above 0: in place of checkpoint_every_epochs", WHOLE, is_free=True),
+  "checkpoint_every_seconds": Key(0.0, "above 0: also so long after the latest one", AMOUNT, is_free=True),
   "keep_checkpoints": Key(3, "the number of latest checkpoints that stay", COUNT, is_free=True),
   "keep_every_epochs": Key(0.0, "checkpoints at multiples of this stay for good; 0: none", AMOUNT, is_free=True),
   "checkpoint": Key("", "what a job starts from: a run, one of its checkpoints, or random", is_path=True),

@@ -132,9 +132,7 @@ def test_a_batch_that_does_not_split_names_one_that_does(pretrain):
     ("augment.place=tpu", "host"),
     ("data.source=tfdz", "tfds"),
     ("data.train_split=trian", "train"),
-    ("data.shards=7", "shards"),
     ("head.layers=-1", "layers"),
-    ("batch_size=128", "64 training images"),
   ],
 )
 def test_a_bad_value_is_named_before_anything_is_compiled(pretrain, override, expected):

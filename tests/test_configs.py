@@ -152,7 +152,7 @@ def test_a_number_beyond_its_interval_is_refused_before_anything_else(name):
     ("total_epochs", "0", "config.total_epochs is 0.0; use more than 0, at most 1000000000."),
     ("optimizer.momentum", "1", "config.optimizer.momentum is 1.0; use 0 or more, less than 1."),
     ("head.layers", "1000000", "config.head.layers is 1000000; use 0 or more, at most 100."),
-    ("log_every_steps", "0", "config.log_every_steps is 0; use 1 or more, less than 2147483648."),
+    ("keep_checkpoints", "0", "config.keep_checkpoints is 0; use 1 or more, less than 2147483648."),
   ],
 )
 def test_what_to_use_is_said(name, value, says):

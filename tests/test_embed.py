@@ -126,7 +126,7 @@ def test_a_second_run_computes_the_rows_of_missing_files_alone(tmp_path, project
   first, second, third = (tmp_path / name for name in result["files"])
   second.unlink()
   # A killed process leaves this behind.
-  second.with_name(second.name + ".partial").write_bytes(b"half")
+  second.with_name(f".{second.name}.partial").write_bytes(b"half")
   (tmp_path / "result.json").unlink()
   times = [path.stat().st_mtime_ns for path in (first, third)]
   seen, consecutive = [], arrays.Arrays.consecutive
@@ -136,7 +136,7 @@ def test_a_second_run_computes_the_rows_of_missing_files_alone(tmp_path, project
   assert [path.stat().st_mtime_ns for path in (first, third)] == times
   for name, column in whole(tmp_path, result).items():
     np.testing.assert_array_equal(column, before[name])
-  assert not list(tmp_path.glob("*.partial"))
+  assert not list(tmp_path.glob(".*.partial"))
 
 
 @pytest.mark.slow
@@ -146,6 +146,10 @@ def test_a_folder_of_any_sizes_becomes_parquet_with_file_names(tmp_path, project
   result = run(tmp_path / "a", *of_folder, "--config.embed.format=parquet", "--config.embed.rows_per_file=4")
   files = [parquet.read_table(tmp_path / "a" / name) for name in result["files"]]
   assert [len(file) for file in files] == [4, 4, 3]
+  # What a killed process left is no part of the folder, which readers take as a whole.
+  (tmp_path / "a" / "features.parquet" / ".half.parquet.partial").write_bytes(b"half")
+  whole_folder = parquet.read_table(tmp_path / "a" / "features.parquet")
+  assert whole_folder["name"].to_pylist() == names
   assert str(files[0].schema.field("features").type) == "fixed_size_list<element: float>[5]"
   columns = {name: [value for file in files for value in file[name].to_pylist()] for name in files[0].column_names}
   assert columns["name"] == names

@@ -222,7 +222,7 @@ def test_a_file_with_fewer_records_than_recorded_stops_the_run(tmp_path):
   ("knobs", "message"),
   [
     ({"batch_size": 9}, "a batch of 9 does not split into 4 data shards; use a multiple"),
-    ({"process": (0, 3)}, "4 data shards do not split over 3 hosts; use a multiple"),
+    ({"process": (0, 3)}, "4 data shards .* do not split over 3 hosts; use multiples"),
     ({"batch_size": 64, "shards": 64}, "has 37 examples for 64 data shards; use at most 37"),
     ({"seed": -1}, "seed -1 does not fit; use one from 0"),
     ({"shuffle_window": 0}, "a shuffle window of 0 records; use at least 1"),

@@ -1,6 +1,7 @@
 """The data order's parameters, and how examples are divided among shards and hosts."""
 
 import dataclasses
+import math
 
 from simclr_jax import errors
 from simclr_jax.data import source as source_lib
@@ -42,7 +43,8 @@ class Order:
       )
     if self.shards % process_count:
       raise errors.UserError(
-        f"{self.shards} data shards do not split over {process_count} hosts; use a multiple of the hosts."
+        f"{self.shards} data shards (the greatest common divisor of config.data.shards and the batch of "
+        f"{self.batch_size}) do not split over {process_count} hosts; use multiples of the hosts for both."
       )
     if source.num_examples < self.shards:
       raise errors.UserError(
@@ -53,6 +55,28 @@ class Order:
       raise errors.UserError(f"seed {self.seed} does not fit; use one from 0 to {2**31 - 1}.")
     if self.shuffle_window < 1:
       raise errors.UserError(f"a shuffle window of {self.shuffle_window} records; use at least 1.")
+
+
+def shards_of(batch_size: int, shards: int) -> int:
+  """Returns how many of `shards` parts a batch takes its images from: the most that divide both numbers."""
+  return math.gcd(batch_size, shards)
+
+
+def fitted(batch_size: int, examples: int, *, shards: int = 16, micro_batches: int = 1) -> int:
+  """Returns the batch size, or the largest smaller one that so many examples fill, a multiple of the micro-batches.
+
+  It keeps as many of the shards as there are examples for, halved where need be, so that it splits over as many hosts
+  and devices as it can; it is the same on any number of these. UserError: too few examples for the micro-batches.
+  """
+  if batch_size <= examples:
+    return batch_size
+  parts = shards_of(batch_size, shards)
+  while parts > 1 and math.lcm(parts, micro_batches) > examples:
+    parts = parts // 2 if parts % 2 == 0 else 1
+  unit = math.lcm(parts, micro_batches)
+  if unit > examples:
+    raise errors.UserError(f"{examples} images do not fill {micro_batches} micro-batches; use fewer of these.")
+  return examples // unit * unit
 
 
 def check_evaluation(batch_size: int, process_count: int) -> None:

@@ -38,7 +38,7 @@ def run(
   this = experiment.Experiment(config, "distill", workdir)
   layer = this.network.layer("finetune_from")
   teacher = inference.classifier(keys.teacher, this.mesh)
-  theirs, ours = teacher.config.data.image_size, config.data.image_size
+  theirs, ours = teacher.config.data.image_size, this.config.data.image_size
   if theirs != ours:
     raise errors.UserError(
       f"teacher {keys.teacher} was trained at {theirs} pixels and the student sees {ours}; "

@@ -8,7 +8,7 @@ encoder, and the files hold the split in its order: `name` (its file, or its num
   --config.embed.split=train            which split
   --config.data.source=folder --config.data.dir=my/images --config.data.resident=false
                                         of other images than those that the checkpoint was trained on
-  --config.embed.format=parquet         in place of npz
+  --config.embed.format=parquet         in place of npz; pandas.read_parquet opens DIR/features.parquet
   --config.embed.rows_per_file=8192
   --config.head.evaluate_from=-1        outputs of a layer of the projection head in place of the encoder's h
 """
@@ -60,7 +60,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   # Each file and its rows of the split.
   split = range(images.num_examples)
   pieces = [split[begin : begin + keys.rows_per_file] for begin in split[:: keys.rows_per_file]]
-  path = lambda number: epath.Path(workdir) / f"features-{number:05d}-of-{len(pieces):05d}.{keys.format}"
+  folder = epath.Path(workdir) / FOLDERS[keys.format]
+  path = lambda number: folder / f"features-{number:05d}-of-{len(pieces):05d}.{keys.format}"
   parts = [(path(number), rows) for number, rows in enumerate(pieces)]
   index, count = jax.process_index(), jax.process_count()
   own = parts[len(parts) * index // count : len(parts) * (index + 1) // count]
@@ -69,14 +70,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   result = {
     "examples": images.num_examples,
     "dimension": dimension,
-    "files": [path.name for path, _ in parts],
+    "files": [str(path.relative_to(workdir)) for path, _ in parts],
     "rows_per_file": keys.rows_per_file,
     "format": keys.format,
     "source": images.name,
     "class_names": list(images.class_names),
     "checkpoint": config.checkpoint,
     "layer": frozen.layer,
-    "image_size": config.data.image_size,
+    "image_size": this.config.data.image_size,
   }
   lost = [path.name for path, _ in parts if not path.exists()] if jax.process_index() == 0 else []
   if lost:
@@ -155,3 +156,5 @@ def _parquet(table) -> bytes:
 
 
 WRITERS = {"npz": _npz, "parquet": _parquet}
+# Under the workdir. Readers of a folder of Parquet files take every file for one whose name does not begin with _ or .
+FOLDERS = {"npz": "", "parquet": "features.parquet"}

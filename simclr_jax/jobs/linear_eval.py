@@ -14,6 +14,7 @@ each; these two are trained again on all training images and count the held-out 
 distill or linear_eval, pretraining's online classifier, or a converted release.
 """
 
+import dataclasses
 import itertools
 import time
 from typing import Any
@@ -22,6 +23,7 @@ import ml_collections
 import numpy as np
 
 from simclr_jax import classifier, errors, experiment, inference, numbers
+from simclr_jax.data import order
 from simclr_jax.evaluation import features, probes, scores, selection
 from simclr_jax.hardware import sharding
 from simclr_jax.training import telemetry
@@ -81,11 +83,6 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   sharding.check_divisible(keys.batch_size, mesh, name="config.probes.batch_size")
   train, held_out = this.labelled, this.held_out
   rows = probes.held_back(train.num_examples, keys.validation_share, config.seed)
-  if len(rows[0]) * keys.passes < keys.batch_size:
-    raise errors.UserError(
-      f"{len(rows[0])} training images beside the validation share cannot fill a batch of "
-      f"config.probes.batch_size = {keys.batch_size}; choose a smaller one."
-    )
   frozen = inference.representation(this)
   this.claim()
   begin = time.monotonic()
@@ -95,6 +92,14 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   known = features.Features(np.stack([part.x for part in parts]), parts[0].label)
   if len(known.label) < train.num_examples:  # A split that is streamed shows only now which images have a label.
     rows = probes.held_back(len(known.label), keys.validation_share, config.seed)
+  fitted = order.fitted(keys.batch_size, len(rows[0]) * keys.passes, shards=config.data.shards)
+  if fitted < keys.batch_size:
+    telemetry.log.info(
+      "config.probes.batch_size is %d and there are %d rows beside the validation share: batches of %d.",
+      *(keys.batch_size, len(rows[0]) * keys.passes, fitted),
+    )
+    sharding.check_divisible(fitted, mesh, name="config.probes.batch_size")
+    grid = dataclasses.replace(grid, batch_size=fitted)
   test = features.labelled(inference.of_split(frozen, this, held_out))
   seconds = {"features": time.monotonic() - begin}
   telemetry.log.info(

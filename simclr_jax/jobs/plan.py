@@ -25,6 +25,7 @@ import ml_collections
 from etils import epath
 from jax.experimental import topologies
 
+from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, files
 from simclr_jax.data import composition, inputs
 from simclr_jax.hardware import chips, cost, sharding
@@ -81,6 +82,7 @@ def run(
   if devices > count:
     raise errors.UserError(f"--devices got '{devices}'; it wants a number from 1 to {count}.")
   count = devices or count
+  config = _measured(config)
   path = epath.Path(workdir) / "plan.json"
   command = "python -m simclr_jax " + " ".join(sys.argv[1:])
   facts = {"command": command, "topology": topology, "jax": jax.__version__, "mfu": mfu, "config": config.to_dict()}
@@ -96,6 +98,17 @@ def run(
     files.write_json(path, {**facts, "version": __version__, "plans": rows})
   telemetry.log.info("Written to %s", path)
   return plans
+
+
+def _measured(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns the config with what the images of a folder give."""
+  if not config_lib.unmeasured(config):
+    return config
+  config = config.copy_and_resolve_references()
+  before, config.eval_batch_size = config.eval_batch_size, jax.device_count()  # Not planned for.
+  config = experiment.Experiment(config, "count").config
+  config.eval_batch_size = before
+  return config
 
 
 def _apart(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:

@@ -43,7 +43,10 @@ def run(
   Draws the figures, unless `draw` is False: a study has one for all its runs.
   """
   this = experiment.Experiment(config, "pretrain", workdir)
-  train = this.train
+  config, train = this.config, this.train
+  if train.num_examples < 2:
+    raise errors.UserError(f"{train.name} has {train.num_examples} image, and the loss compares images; give more.")
+  this.fit_batch(train.num_examples)
   if config.loss.kind == "sup_con" and not this.classes:
     raise errors.UserError("config.loss.kind sup_con attracts images of one label, and these have none; use nt_xent.")
   model = this.network.pretraining_model(this.classes)

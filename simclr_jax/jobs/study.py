@@ -37,7 +37,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tqdm import auto as tqdm
 
 from simclr_jax import config as config_lib
-from simclr_jax import errors
+from simclr_jax import errors, experiment
 from simclr_jax.jobs import pretrain
 from simclr_jax.studies import definitions, grid
 from simclr_jax.training import loop, telemetry
@@ -53,8 +53,12 @@ def run(
   evaluation: str = "linear",
 ) -> dict[str, Any]:
   """Runs what is missing of a grid, and returns (and writes to `result.json`) its accuracies."""
+  asked = {}
+  if config_lib.unmeasured(config):
+    measured = experiment.Experiment(config, "study", workdir)
+    config, asked = measured.config, measured.asked
   chosen = _checked(config_lib.flat(config.to_dict()), study, rows, columns, evaluation)
-  config_lib.claim(workdir, {**config.to_dict(), "study": study}, "study")
+  config_lib.claim(workdir, {**config.to_dict(), "study": study}, "study", asked=asked)
   cells = grid.Grid(study, config, workdir, evaluation, *chosen)
   due = cells.due(*chosen)
   telemetry.log.info(

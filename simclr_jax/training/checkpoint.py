@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -29,9 +30,11 @@ class Checkpoints:
   every_steps: int  # 0 saves at the end only.
   keep: int  # The number of latest checkpoints that stay.
   keep_every_steps: int = 0  # Multiples of this stay for good; 0 for none.
+  every_seconds: float = 0  # Above 0: also so long after the start or the latest save; see `late`.
   classifier_layer: int = 0  # Of the projection head, which feeds the linear classifier; 0 is the encoder's h.
 
   def __post_init__(self):
+    self._saved_at = time.monotonic()
     preserve = [ocp.training.preservation_policies.LatestN(max(self.keep, 1))]
     if self.keep_every_steps:
       preserve.append(ocp.training.preservation_policies.EveryNSteps(self.keep_every_steps))
@@ -48,13 +51,18 @@ class Checkpoints:
     )
 
   def due(self, step: int) -> bool:
-    """Returns whether the interval asks to save `step`."""
-    return self.every_steps > 0 and step % self.every_steps == 0
+    """Returns whether the interval in steps asks to save `step`, or it is one that stays for good."""
+    return any(every > 0 and step % every == 0 for every in (self.every_steps, self.keep_every_steps))
+
+  def late(self, now: float) -> bool:
+    """Returns whether the interval in seconds is over at `now` of `time.monotonic`, on this process's clock."""
+    return self.every_seconds > 0 and now - self._saved_at >= self.every_seconds
 
   def save(self, state: state_lib.TrainState, step: int) -> None:
     """Starts an asynchronous save; returns once the arrays may be overwritten."""
     if self._manager.latest is not None and self._manager.latest.step >= step:
       return
+    self._saved_at = time.monotonic()
     metadata = {"config": self.config, "classifier_layer": self.classifier_layer, "version": __version__}
     self._manager.save_checkpointables_async(step, _parts(state), custom_metadata=metadata)
 

@@ -53,6 +53,18 @@ class Run:
   evaluate_every_steps: int = 0
   profile_steps: tuple[int, int] | None = None  # First and last step of a profiler trace, in `workdir`/profile.
 
+  def save_due(self, begin: int, end: int) -> bool:
+    """Returns whether a checkpoint follows the steps after `begin` up to `end`; the same on all processes."""
+    if self.checkpoints.due(end):
+      return True
+    if jax.process_count() == 1:
+      return self.checkpoints.late(time.monotonic())
+    # Saves are made together and clocks differ: the first process's counts. It is asked where rows are logged, which
+    # waits for the step anyway.
+    if self.checkpoints.every_seconds == 0 or end // self.log_every_steps == begin // self.log_every_steps:
+      return False
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(self.checkpoints.late(time.monotonic()))))
+
   def evaluation_due(self, step: int) -> bool:
     """Returns whether an evaluation follows `step`, the end of the run aside."""
     return self.evaluate is not None and self.evaluate_every_steps > 0 and step % self.evaluate_every_steps == 0
@@ -112,7 +124,7 @@ def train(
           result = run.evaluate(state)
         out.write(done, result)
       stop = terminated(done)
-      if last or stop or run.checkpoints.due(done):
+      if last or stop or run.save_due(begin, done):
         rows.flush()  # A row up to a saved step is never lost, whatever happens next.
         jax.block_until_ready(metrics)
         with out.waiting_for("checkpoint"):
