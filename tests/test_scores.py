@@ -49,3 +49,21 @@ def test_mean_average_precision_agrees_with_the_definition():
     points = [max(p for recall, p in curve if recall >= fractions.Fraction(tenths, 10)) for tenths in range(11)]
     wanted.append(sum(points) / 11)
   assert scores.mean_average_precision(table, y) == pytest.approx(float(sum(wanted) / 4), rel=1e-14)
+
+
+# Newcombe (1998), table I, method 3.
+@pytest.mark.parametrize(
+  ("correct", "n", "low", "high"),
+  [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_that_of_newcombe_1998(correct, n, low, high):
+  np.testing.assert_allclose(scores.wilson(correct, n), (low, high), atol=5e-5)
+  np.testing.assert_allclose(scores.wilson(n - correct, n), (1 - high, 1 - low), atol=5e-5)
+
+
+def test_the_interval_stays_within_0_and_1_and_needs_examples():
+  assert scores.wilson(0, 3)[0] == 0
+  assert scores.wilson(3, 3)[1] == 1
+  for correct, n in ((0, 0), (3, 2), (-1, 2), (float("nan"), 2)):
+    with pytest.raises(ValueError, match="correct"):
+      scores.wilson(correct, n)

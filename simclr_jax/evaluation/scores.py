@@ -1,6 +1,7 @@
 """Scores of classifiers: accuracy of a network on a split, and top-1, mean per class, average precision of a table."""
 
 import collections
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +72,23 @@ def shown(result: Mapping[str, Any], prefix: str = "eval/") -> str:
   names = {"top1": "top-1", "balanced_top1": "balanced", "top5": "top-5"}
   known = {shown: result[prefix + name] for name, shown in names.items() if prefix + name in result}
   return ", ".join(f"{shown} {100 * value:.2f} %" for shown, value in known.items())
+
+
+def wilson(correct: float, n: int) -> tuple[float, float]:
+  """Returns the ends of the 95 % interval of the probability of which `correct` of `n` are a sample; Wilson 1927.
+
+  Unlike the normal approximation it stays in [0, 1] and has a width at 0 and at n. Raises ValueError unless
+  0 <= correct <= n and n >= 1.
+  """
+  if not (n >= 1 and 0 <= correct <= n):
+    raise ValueError(f"correct {correct} of n {n}; at least one and no more than all can be correct.")
+  z = 1.959963984540054  # The 97.5 % point of the normal distribution.
+  share = correct / n
+  centre = share + z**2 / (2 * n)
+  half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+  low, high = ((centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+  # Rounding alone would leave 1e-17 below zero at 0 of n, and an end beyond the share itself.
+  return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def ranks(logits: jax.Array, label: jax.Array) -> jax.Array:
