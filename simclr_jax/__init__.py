@@ -10,7 +10,7 @@ if TYPE_CHECKING:
   import ml_collections
   import numpy as np
 
-__all__ = ["__version__", "load_config", "load_encoder", "run"]
+__all__ = ["__version__", "load_classifier", "load_config", "load_encoder", "run"]
 
 
 # Everything else is imported late, so that `import simclr_jax` costs nothing.
@@ -52,6 +52,20 @@ def run(job: str, config: "ml_collections.ConfigDict | None", workdir: str, **op
     jax.config.update("jax_enable_x64", True)
   result = importlib.import_module(f"simclr_jax.jobs.{job}").run(*inputs, files.absolute(workdir), **options)
   return {**result, "version": __version__} if isinstance(result, dict) else {"version": __version__}
+
+
+def load_classifier(
+  path: str,
+) -> "tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...], ml_collections.ConfigDict]":
+  """Returns (classify, class_names, config) of the checkpoint at `path`, of a run that has a classifier.
+
+  `classify` takes what `encode` of `load_encoder` takes, and gives probabilities f32[N, K] in the order of
+  `class_names`; names that an older checkpoint lacks are numbers. `config` is the training run's.
+  UserError: there is no checkpoint, or it has no classifier.
+  """
+  from simclr_jax import inference
+
+  return inference.load_classifier(path)
 
 
 def load_encoder(path: str) -> "tuple[Callable[[np.ndarray], np.ndarray], ml_collections.ConfigDict]":

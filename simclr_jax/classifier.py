@@ -30,6 +30,7 @@ class Task:
   objective: Callable[..., objectives.Classification] = objectives.Classification
   # Makes the arrays of the step that no step changes, once everything else is known to fit.
   constants: Callable[[], tuple[Any, ...]] = tuple
+  class_names: tuple[str, ...] = ()  # In the order of the outputs; empty takes those of the training images.
   about: dict[str, Any] = dataclasses.field(default_factory=dict)  # For `result.json`, beside the accuracies.
 
 
@@ -59,6 +60,7 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
     flops_per_step=run.recipe.batch_size * flops_of_image(run, model, state),
     evaluate=_held_out_accuracy(run, model, task.held_out),
     classifier_layer=task.layer,
+    class_names=task.class_names or task.train.class_names,
     profile_steps=profile_steps,
   )
   telemetry.log.info(

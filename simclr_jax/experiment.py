@@ -6,7 +6,7 @@ Jobs ask an `Experiment`. Nothing below this module sees a ConfigDict.
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -353,6 +353,7 @@ class Experiment:
     flops_per_step: float,
     evaluate: loop.Evaluate | None,
     classifier_layer: int = 0,
+    class_names: Sequence[str] = (),
     profile_steps: tuple[int, int] | None = None,
   ) -> loop.Run:
     """Returns what the loop needs, once the workdir is known to be this run's."""
@@ -374,6 +375,7 @@ class Experiment:
       keep=config.keep_checkpoints,
       keep_every_steps=every(config.keep_every_epochs),
       classifier_layer=classifier_layer,
+      class_names=class_names,
     )
     return loop.Run(
       *(self.workdir, optimizer.total_steps, batch_size, checkpoints),

@@ -36,8 +36,27 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
   params, batch_stats = saved.load({"encoder": params}, {"encoder": batch_stats})
   variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
   apply = jax.jit(lambda x: model.apply(variables, x, train=False).astype(jnp.float32))
+  return _on_images(apply, config, mesh), config
 
-  encoded = lambda _, images: apply(images)
+
+def load_classifier(
+  path: str,
+) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...], ml_collections.ConfigDict]:
+  """Returns (classify, class_names, config) of the checkpoint at `path`; see `simclr_jax.load_classifier`."""
+  mesh = sharding.data_mesh(jax.local_devices()[:1])
+  found = classifier(path, mesh)
+  apply = jax.jit(lambda x: probabilities(found.logits_of(found.variables, x)))
+  return _on_images(apply, found.config, mesh), found.class_names, found.config
+
+
+def probabilities(logits: jax.Array) -> jax.Array:
+  """Returns f32[N, K] of logits f[N, K]."""
+  return jax.nn.softmax(logits.astype(jnp.float32))
+
+
+def _on_images(apply, config, mesh):
+  """Returns `apply`, jitted images [BATCH, H, W, 3] -> f32[BATCH, D], for any number of images or files."""
+  applied = lambda _, images: apply(images)
 
   rule = pictures.Rule(config.data.white, config.data.background)
 
@@ -45,9 +64,9 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
     batches = inputs.evaluation(
       _files(names, rule), config.data.image_size, batch_size=BATCH, is_resident=False, shared=False
     )
-    return features.of_split(encoded, (), batches(), mesh).x
+    return features.of_split(applied, (), batches(), mesh).x
 
-  def encode(images: np.ndarray | Sequence[str | os.PathLike]) -> np.ndarray:
+  def on_images(images: np.ndarray | Sequence[str | os.PathLike]) -> np.ndarray:
     """Returns f32[N, D] of images u8 or f32 in [0, 1] [N, H, W, 3], or of N files, which are cropped as in `embed`."""
     images = [images] if isinstance(images, str | os.PathLike) else images
     if len(images) and isinstance(images[0], str | os.PathLike):
@@ -72,7 +91,7 @@ def load_encoder(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], ml_coll
     dim = jax.eval_shape(apply, images[:1]).shape[-1]
     return np.concatenate([np.zeros((0, dim), np.float32), *parts])
 
-  return encode, config
+  return on_images
 
 
 def _files(names: Sequence[str | os.PathLike], rule: pictures.Rule) -> arrays.Arrays:
@@ -128,6 +147,7 @@ class Classifier(NamedTuple):
   logits_of: Callable[[Variables, jax.Array], jax.Array]  # (variables, f32 in [0, 1] or u8 [N, H, W, 3]) -> f[N, K].
   variables: Variables
   classes: int
+  class_names: tuple[str, ...]  # Numbers where the checkpoint has none.
   config: ml_collections.ConfigDict  # Of the run that trained it.
 
 
@@ -141,4 +161,5 @@ def classifier(path: str, mesh: jax.sharding.Mesh) -> Classifier:
   model = simclr.Classifier(parts.encoder(), parts.linear_head(saved.classes), head, layer)
   params, batch_stats = saved.load(*state_lib.abstract_variables(model, config.data.image_size, mesh))
   logits_of = lambda variables, images: model.apply(variables, images, train=False)
-  return Classifier(logits_of, {"params": params, "batch_stats": batch_stats}, saved.classes, config)
+  variables = {"params": params, "batch_stats": batch_stats}
+  return Classifier(logits_of, variables, saved.classes, saved.class_names, config)

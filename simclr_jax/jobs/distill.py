@@ -62,6 +62,7 @@ def run(
     *(train, this.held_out, teacher.classes, layer),
     objective=functools.partial(objectives.Distillation, **options),
     constants=constants,
+    class_names=teacher.class_names,
     about={"teacher": keys.teacher, "layer": layer, "labelled_examples": int(labelled.sum())},
   )
   return classifier.train(this, task, profile_steps=profile_steps)

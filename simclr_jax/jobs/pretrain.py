@@ -58,6 +58,7 @@ def run(
     return profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
   views = _views_of(this, images)
   options = {"evaluate": _evaluate_of(this, model, views), "profile_steps": profile_steps}
+  options["class_names"] = train.class_names if model.linear_head else ()
   state = this.state(model, optimizer.tx)
   flops = this.network.step_flops(this.network.forward_flops(model, state))
   settings = this.run(objective, optimizer, train.num_examples, flops_per_step=flops, **options)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class Checkpoints:
   keep_every_steps: int = 0  # Multiples of this stay for good; 0 for none.
   every_seconds: float = 0  # Above 0: also so long after the start or the latest save; see `late`.
   classifier_layer: int = 0  # Of the projection head, which feeds the linear classifier; 0 is the encoder's h.
+  class_names: Sequence[str] = ()  # Of the linear classifier, in the order of its outputs; empty where it has none.
 
   def __post_init__(self):
     self._saved_at = time.monotonic()
@@ -64,6 +66,7 @@ class Checkpoints:
       return
     self._saved_at = time.monotonic()
     metadata = {"config": self.config, "classifier_layer": self.classifier_layer, "version": __version__}
+    metadata["class_names"] = list(self.class_names)
     self._manager.save_checkpointables_async(step, _parts(state), custom_metadata=metadata)
 
   def restore_latest(self, state: state_lib.TrainState) -> tuple[state_lib.TrainState, int]:
@@ -125,6 +128,12 @@ class Saved:
         f"checkpoint {self.path} has no classifier; it holds {_listed(params)}; give a run of finetune or linear_eval."
       )
     return params["linear_head"]["dense"]["bias"].shape[0]
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """The names of the classes, in the order of the classifier's outputs; their numbers where none are stored."""
+    names = self._metadata.custom_metadata.get("class_names", ())
+    return tuple(names) if len(names) == self.classes else tuple(map(str, range(self.classes)))
 
   def load(self, params: Any, batch_stats: Any) -> tuple[Any, Any]:
     """Returns (params, batch_stats) for the parts asked for, placed as they are placed.
