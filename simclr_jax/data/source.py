@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from simclr_jax import randomness
+from simclr_jax.data import pictures
 
 if TYPE_CHECKING:
   from simclr_jax.data import arrays, stored
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Request:
   """Which split of which data set to open; each source reads the fields that it needs."""
 
-  split: str  # for TFDS also a part of one, as "train[:90%]"
+  split: str  # or a part of one, as "train[:90%]"
   name: str = ""  # of the TFDS data set, as "imagenet2012_subset/1pct"
   data_dir: str = ""  # TFDS folder, image folder or .npz file
   image_size: int = 32  # of the built-in shapes, in pixels
@@ -29,6 +30,7 @@ class Request:
   # Whether a TFDS data set without the feature `label` gives its feature `labels`, any number of classes for each
   # image; without it such a data set has no labels.
   multi_label: bool = False
+  pictures: pictures.Rule = pictures.PLAIN  # how a folder's or file's images that are no 8-bit RGB become that
 
 
 class Source(abc.ABC):
