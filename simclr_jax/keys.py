@@ -247,6 +247,13 @@ TREE: dict[str, Any] = {
     "format": Key("npz", "of the files", choices=("npz", "parquet")),
     "rows_per_file": Key(8192, "images in one file", COUNT),
   },
+  "predict": {
+    "images": Key("", "a file, a folder or a pattern such as 'new/*.jpg'; '' predicts a split", is_path=True),
+    "split": Key("", "which split of data.*, where there are no predict.images; '' is data.eval_split"),
+    "format": Key("csv", "of the predictions", choices=("csv", "parquet", "json")),
+    "top_k": Key(3, "classes that are named for each image, the most probable first", COUNT),
+    "mistakes": Key(24, "the most confident ones that are drawn, where the images have labels; 0: none", WHOLE),
+  },
 }
 
 
