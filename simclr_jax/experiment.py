@@ -357,7 +357,7 @@ class Experiment:
     profile_steps: tuple[int, int] | None = None,
   ) -> loop.Run:
     """Returns what the loop needs, once the workdir is known to be this run's."""
-    self.claim()
+    self.claim(images=self.train)
     config, batch_size = self.config, self.recipe.batch_size
     warmup = optim.warmup_steps(examples, self.recipe.optimizer.warmup_epochs, batch_size)
     if warmup > optimizer.total_steps // 10 + 1:
@@ -388,9 +388,10 @@ class Experiment:
       profile_steps=profile_steps,
     )
 
-  def claim(self, free: tuple[str, ...] = config_lib.FREE) -> None:
-    """Writes `workdir/config.json`, or checks that it holds this very run; see `config.claim`."""
-    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked)
+  def claim(self, free: tuple[str, ...] = config_lib.FREE, images: source.Source | None = None) -> None:
+    """Writes `workdir/config.json`, or checks that it holds this very run on these images; see `config.claim`."""
+    known = {"examples": images.num_examples, "sha256": images.fingerprint()} if images else {}
+    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked, known)
 
   # The checkpoint that the run starts from.
 

@@ -103,6 +103,7 @@ TREE: dict[str, Any] = {
     "examples": Key(0, "images in a split of the built-in shapes", WHOLE),
     "white": Key(65535, "value of a 16-bit image that is white; 4095 for 12-bit data", "[255, 65535]"),
     "background": Key("white", "behind transparent pixels: a colour's name or #rrggbb"),
+    "allow_changed": Key(False, "continue a run although its training images have changed", is_free=True),
     "max_bad_share": Key(0.01, "share of a folder's images that may be corrupt before the run stops", UNIT),
   },
   "measured": {

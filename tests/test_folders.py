@@ -9,7 +9,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from simclr_jax import errors
+from simclr_jax import config as config_lib
+from simclr_jax import errors, experiment
 from simclr_jax.data import arrays, decode, parts, pictures, source, sources
 
 
@@ -250,3 +251,33 @@ def test_groups_stay_together():
     parts.held_out(labels, names, 0.25, seed=0, group="(")
   with pytest.raises(errors.UserError, match="none is left on one side"):
     parts.held_out(labels[:1], names[:1], 0.25, seed=0)
+
+
+def test_a_run_refuses_training_images_that_have_changed(tmp_path, caplog):
+  root = write(tmp_path / "images", *(f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)))
+  start = lambda **more: experiment.Experiment(
+    config_lib.load("folder", {"data.dir": root, "data.holdout": 0.2, "batch_size": 2, "data.image_size": 8, **more}),
+    "pretrain",
+    str(tmp_path / "run"),
+  )
+  continues = lambda **more: (lambda this: this.claim(images=this.train))(start(**more))
+  continues()
+  continues()
+  (moved := tmp_path / "images/cat/0.png").rename(tmp_path / "0.png")
+  with pytest.raises(errors.UserError, match="have changed: there were 8 and now are 7; .*allow_changed=true"):
+    continues()
+  write(tmp_path / "images", "cat/0.png", image=Image.new("RGB", (6, 4), "red"))
+  assert moved.exists()
+  with pytest.raises(errors.UserError, match="of the 8, some have other names or contents"):
+    continues()
+  continues(**{"data.allow_changed": True})
+  assert "the run continues on the present ones" in caplog.text
+  continues()
+
+
+def test_fingerprints_are_of_names_labels_and_contents(tmp_path):
+  root = write(tmp_path, "cat/1.png", "cat/2.png", "dog/1.png")
+  images = opened(root)
+  assert images.fingerprint() == opened(root, cache=True).fingerprint() == images.decoded().fingerprint()
+  assert images.take(np.array([0, 1])).fingerprint() != images.take(np.array([0, 2])).fingerprint()
+  assert len(images.consecutive(1, 3).checksums) == 2

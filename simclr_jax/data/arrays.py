@@ -28,6 +28,7 @@ class Arrays(source_lib.Source):
   class_names: tuple[str, ...]
   example_names: tuple[str, ...] = ()
   multi_label: bool = False
+  checksums: tuple[int, ...] = ()
   rule: pictures.Rule = pictures.PLAIN  # how encoded images that are no 8-bit RGB become that
 
   @property
@@ -61,7 +62,7 @@ class Arrays(source_lib.Source):
       )
     from simclr_jax.data import stored
 
-    fields = {"example_names": self.example_names, "multi_label": self.multi_label}
+    fields = {"example_names": self.example_names, "multi_label": self.multi_label, "checksums": self.checksums}
     images = self.images
     if images.dtype != np.uint8:
       images = np.empty(self.num_examples, object)

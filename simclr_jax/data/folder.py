@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 
@@ -39,7 +40,7 @@ def open(request: source_lib.Request) -> stored.Stored:
   """
   root, split = request.data_dir, request.split
   paths, labels, class_names = _split_of(root, split, _image_files(root))
-  good, odd = _readable(root, paths, request)
+  good, odd, sums = _readable(root, paths, request)
   labels, is_converted = labels[good], bool(odd.any())
   log.info("%s: split %s has %d images%s", root, split, len(good), _counts(labels, class_names))
   content, labels, odd = stored.on_host(np.array([os.path.join(root, paths[number]) for number in good]), labels, odd)
@@ -51,7 +52,7 @@ def open(request: source_lib.Request) -> stored.Stored:
     examples = (stored.all_elements(files.map(load, num_parallel_calls=os.cpu_count())), labels)
   read = lambda path, label, *odd: (path if request.cache else load(path, *odd), label)
   names = tuple(paths[number] for number in good)
-  return stored.Stored(f"{root} ({split})", class_names, read, examples, example_names=names)
+  return stored.Stored(f"{root} ({split})", class_names, read, examples, example_names=names, checksums=tuple(sums))
 
 
 def split_names(request: source_lib.Request) -> tuple[str, ...]:
@@ -257,14 +258,14 @@ def _split_folders(parts: Sequence[Sequence[str]]) -> dict[str, str]:
   return {name: splits[name] for name in SPLIT_FOLDERS if name in splits}
 
 
-def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> tuple[list[int], np.ndarray]:
-  """Returns the numbers of the paths whose images decode, and which of these are not plain, bool[N].
+def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> tuple[list[int], np.ndarray, list[int]]:
+  """Returns, of the paths whose images decode, the numbers, which are not plain, bool[N], and checksums.
 
   Logs the others, and raises where they are too many.
   """
 
   def decodes(path):
-    """Returns 0 for a plain image, 1 for another one that decodes, -1 for one that does not."""
+    """Returns (0 for a plain image, 1 for another one that decodes, -1 for one that does not; its checksum)."""
     try:
       with tf.io.gfile.GFile(os.path.join(root, path), "rb") as file:
         content = file.read()
@@ -272,12 +273,12 @@ def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> t
         decode.decode_image(content)
       else:
         pictures.rgb(content, request.pictures)
-      return int(not is_plain)
+      return int(not is_plain), zlib.crc32(content)
     except (*pictures.BROKEN, tf.errors.OpError):
-      return -1
+      return -1, 0
 
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    kinds = np.array(list(pool.map(decodes, paths)), np.int32)
+    kinds, sums = np.array(list(pool.map(decodes, paths)), np.int64).T
   good, bad = np.flatnonzero(kinds >= 0), np.flatnonzero(kinds < 0).tolist()
   if len(bad) > request.max_bad_share * len(paths) or not len(good):
     raise errors.UserError(
@@ -293,4 +294,4 @@ def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> t
     first = paths[good[np.argmax(odd)]]
     log.info("%s: %d images are 16-bit, transparent, rotated or not JPEG, PNG or BMP (%s); they are converted.",
              root, odd.sum(), first)  # fmt: skip
-  return good.tolist(), odd
+  return good.tolist(), odd, sums[good].tolist()
