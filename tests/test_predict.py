@@ -172,3 +172,17 @@ def test_a_pretraining_without_classifier_says_what_to_run(pretrained, tmp_path,
   assert command.main(["predict", f"--config.checkpoint={pretrained}", f"--workdir={tmp_path}"]) == 2
   said = capsys.readouterr().err.splitlines()[-1]
   assert f"{pretrained} has no classifier; train one with labels first: linear_eval or finetune with" in said
+
+
+@pytest.mark.slow
+def test_a_linear_evaluation_on_stored_features_leaves_its_classifier(pretrained, tmp_path):
+  # The grid learns nothing, so that the logistic regression is chosen.
+  weak = ["probes.learning_rates=1e-9", "probes.weight_decays=0", "probes.epochs=1", "probes.l2_strengths=1e-3"]
+  settings = [f"checkpoint={pretrained}", "linear_eval.protocol=features", "head.evaluate_from=1", *weak]
+  assert command.main(["linear_eval", *(f"--config.{text}" for text in settings), f"--workdir={tmp_path}"]) == 0
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert result["stored_classifier"] == "lbfgs"
+  classify, names, _ = simclr_jax.load_classifier(str(tmp_path))
+  images, labels = shapes.draw("test", 80, 16, 0)
+  assert np.mean(classify(images).argmax(1) == labels) == pytest.approx(result["eval/lbfgs_top1"])
+  assert names == shapes.CLASS_NAMES
