@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import logging
 import pathlib
 import traceback
 import types
@@ -17,6 +18,8 @@ from simclr_jax import errors, files
 from simclr_jax.data import order, transfer_sets
 from simclr_jax.keys import KEYS, TREE, Value, flat
 from simclr_jax.version import __version__
+
+log = logging.getLogger("simclr_jax")
 
 # In place of a checkpoint: the encoder as it is initialised.
 RANDOM = "random"
@@ -227,11 +230,13 @@ def claim(
   job: str,
   free: tuple[str, ...] = FREE,
   asked: Mapping[str, Value] = types.MappingProxyType({}),
+  images: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
   """Writes `workdir/config.json`, or checks that it already holds this very run: its job and its plain nested config.
 
   Keys in `free` may differ; the UserError for another run names the first one else that does. `asked` has the values
-  that the user gave for keys whose values the data changed; see `recorded`.
+  that the user gave for keys whose values the data changed; see `recorded`. `images` is what identifies the training
+  images (`examples`, their number, and `sha256`): others are refused, unless `data.allow_changed`.
   """
   path = epath.Path(workdir) / "config.json"
   if path.exists():
@@ -248,9 +253,25 @@ def claim(
           else "choose another --workdir or repeat that run's command."
         )
       )
+    _check_images(workdir, stored.get("images", {}), images, allowed=config["data"]["allow_changed"])
+    images = images or stored.get("images", {})
   if jax.process_index() == 0:
-    facts = {"job": job, "version": __version__, "order": order_law(workdir)}
+    facts = {"job": job, "version": __version__, "order": order_law(workdir), "images": dict(images)}
     files.write_json(path, {**facts, "config": config, "asked": dict(asked)})
+
+
+def _check_images(workdir: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allowed: bool) -> None:
+  """Raises a UserError where a run would continue on other training images than those it began with."""
+  if not theirs or not ours or theirs == ours:
+    return
+  was, now = theirs["examples"], ours["examples"]
+  what = f"there were {was} and now are {now}" if was != now else f"of the {now}, some have other names or contents"
+  if not allowed:
+    raise errors.UserError(
+      f"the training images of the run in {workdir} have changed: {what}; restore them, choose another --workdir, or "
+      "continue all the same with --config.data.allow_changed=true."
+    )
+  log.warning("The training images have changed (%s); the run continues on the present ones.", what)
 
 
 def _nearest_key(name: str, known: Mapping[str, Any]) -> str:

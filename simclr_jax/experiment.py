@@ -17,7 +17,7 @@ from etils import epath
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, network, optim
-from simclr_jax.data import inputs, measure, order, source, sources, subset
+from simclr_jax.data import inputs, measure, order, parts, pictures, source, sources, subset
 from simclr_jax.data.distortion import Distortion
 from simclr_jax.hardware import sharding
 from simclr_jax.losses import negatives
@@ -141,15 +141,42 @@ class Experiment:
       )
     if not data.resident:
       sources.check_tensorflow(data.source)
+    images = self._opened(data.train_split if split == parts.HELD_OUT else split)
+    if data.holdout and split in (data.train_split, parts.HELD_OUT):
+      if data.source == "tfds":
+        raise errors.UserError(
+          "config.data.holdout is for folders and arrays; set data.train_split to train[:80%] and data.eval_split to "
+          "train[80%:]."
+        )
+      images = self.divided(images)[int(split == parts.HELD_OUT)]
+    return images.decoded() if data.resident else images
+
+  def _opened(self, split: str) -> source.Source:
+    data = self.config.data
     keys = {"cache": data.cache, "max_bad_share": data.max_bad_share, "num_examples": data.examples}
     keys |= {"name": data.name, "data_dir": data.dir, "image_size": data.image_size, "seed": self.config.seed}
-    images = sources.load(data.source, source.Request(split, **keys))
-    return images.decoded() if data.resident else images
+    return sources.load(data.source, source.Request(split, **keys, pictures=self._pictures))
+
+  @property
+  def _pictures(self) -> pictures.Rule:
+    return pictures.Rule(self.config.data.white, self.config.data.background)
+
+  def divided(self, images: source.Source) -> tuple[source.Source, source.Source]:
+    """Returns (the images to train on, those that `config.data.holdout` holds out) of a split."""
+    keys = self.config.data
+    both = parts.divided(images, keys.holdout, seed=keys.holdout_seed, group=keys.holdout_group)
+    log.info("%s: %d images to train on, %d held out.", images.name, *(part.num_examples for part in both))
+    return both
 
   @functools.cached_property
   def train(self) -> source.Source:
-    """The whole training split."""
+    """The whole training split, without what is held out of it."""
     return self.images_of(self.config.data.train_split)
+
+  @property
+  def has_held_out(self) -> bool:
+    """Whether there are images to count on."""
+    return bool(self.config.data.eval_split or self.config.data.holdout)
 
   @functools.cached_property
   def classes(self) -> int:
@@ -159,9 +186,12 @@ class Experiment:
   @functools.cached_property
   def held_out(self) -> source.Source:
     """The split that the job counts on."""
-    if not self.config.data.eval_split:
-      raise errors.UserError(f"{self.job} counts on held-out images; set --config.data.eval_split, such as test.")
-    images = self.images_of(self.config.data.eval_split)
+    if not self.has_held_out:
+      raise errors.UserError(
+        f"{self.job} counts on held-out images; set --config.data.eval_split, such as test, or "
+        "--config.data.holdout=0.2."
+      )
+    images = self.images_of(parts.HELD_OUT if self.config.data.holdout else self.config.data.eval_split)
     return self._of_rows(images, _with_labels(images, np.arange(images.num_examples)))
 
   @functools.cached_property
@@ -327,7 +357,7 @@ class Experiment:
     profile_steps: tuple[int, int] | None = None,
   ) -> loop.Run:
     """Returns what the loop needs, once the workdir is known to be this run's."""
-    self.claim()
+    self.claim(images=self.train)
     config, batch_size = self.config, self.recipe.batch_size
     warmup = optim.warmup_steps(examples, self.recipe.optimizer.warmup_epochs, batch_size)
     if warmup > optimizer.total_steps // 10 + 1:
@@ -358,9 +388,10 @@ class Experiment:
       profile_steps=profile_steps,
     )
 
-  def claim(self, free: tuple[str, ...] = config_lib.FREE) -> None:
-    """Writes `workdir/config.json`, or checks that it holds this very run; see `config.claim`."""
-    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked)
+  def claim(self, free: tuple[str, ...] = config_lib.FREE, images: source.Source | None = None) -> None:
+    """Writes `workdir/config.json`, or checks that it holds this very run on these images; see `config.claim`."""
+    known = {"examples": images.num_examples, "sha256": images.fingerprint()} if images else {}
+    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked, known)
 
   # The checkpoint that the run starts from.
 

@@ -1,4 +1,4 @@
-"""Figures of a run: view pairs, curves, a t-SNE map of features; and of a study: heat maps, bars, lines."""
+"""Figures of a run: view pairs, curves, a t-SNE map, confusions, mistakes; and of a study: heat maps, bars, lines."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +19,7 @@ COLORS = (
 
 PAIRS = 12  # Image pairs that fit into one row.
 COLUMNS = 3  # Panels of curves per row.
+MOST_NUMBERS, MOST_NAMES = 20, 60  # Classes of a confusion matrix that are drawn with numbers, with names.
 
 
 def view_pairs(views: np.ndarray, path: str) -> None:
@@ -166,6 +167,49 @@ def lines(
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(title=legend, frameon=False, fontsize=8, ncols=len(variants))
   _save(figure, path, title)
+
+
+def confusion(counts: np.ndarray, names: Sequence[str], path: str, *, title: str) -> None:
+  """Draws how many images i[K, K] of a class (row) are taken for another (column), coloured by the row's share."""
+  classes = len(names)
+  # In numbers as far as they can be read, by name as far as the names have room.
+  side = float(np.clip(0.5 * classes, 3.5, 14))
+  figure, axis = plt.subplots(figsize=(side + 2, side + 1))
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  drawn = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+  if classes <= MOST_NUMBERS:
+    for (row, column), count in np.ndenumerate(counts):
+      if count:
+        color = "white" if shares[row, column] > 0.6 else "black"
+        axis.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+  if classes <= MOST_NAMES:
+    axis.set_xticks(range(classes), [_short(name) for name in names], rotation=90)
+    axis.set_yticks(range(classes), [_short(name) for name in names])
+    axis.tick_params(length=0, labelsize=9 if classes <= MOST_NUMBERS else 6)
+  axis.set(xlabel="predicted class", ylabel="true class")
+  figure.colorbar(drawn, label="% of the true class's images", fraction=0.046, pad=0.04)
+  _save(figure, path, title)
+
+
+def captioned(images: Sequence[np.ndarray], captions: Sequence[str], path: str, *, title: str) -> None:
+  """Draws images f32[H, W, 3] in [0, 1] or u8 in rows, each with its caption above it."""
+  columns = min(len(images), PAIRS // 2)
+  rows = -(-len(images) // columns)
+  lines = max(caption.count("\n") + 1 for caption in captions)
+  size = (2.1 * columns, (1.7 + 0.16 * lines) * rows + 0.4)
+  figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+  for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+    axis.set_visible(False)
+  for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+    axis.set_visible(True)
+    axis.imshow(np.clip(image, 0, 1) if np.issubdtype(image.dtype, np.floating) else image, interpolation="nearest")
+    axis.set_title(caption, fontsize=8)
+  _save(figure, path, title)
+
+
+def _short(name: str, most: int = 24) -> str:
+  return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _save(figure, path: str, title: str = "") -> None:

@@ -1,6 +1,5 @@
 """Networks of checkpoints in inference mode: the encoder for notebooks, the representation and classifier of jobs."""
 
-import io
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -10,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, network
-from simclr_jax.data import arrays, inputs
+from simclr_jax.data import arrays, inputs, pictures
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
 from simclr_jax.models import encoders, simclr
@@ -60,9 +58,11 @@ def _on_images(apply, config, mesh):
   """Returns `apply`, jitted images [BATCH, H, W, 3] -> f32[BATCH, D], for any number of images or files."""
   applied = lambda _, images: apply(images)
 
+  rule = pictures.Rule(config.data.white, config.data.background)
+
   def of_files(names):
     batches = inputs.evaluation(
-      _files(names), config.data.image_size, batch_size=BATCH, is_resident=False, shared=False
+      _files(names, rule), config.data.image_size, batch_size=BATCH, is_resident=False, shared=False
     )
     return features.of_split(applied, (), batches(), mesh).x
 
@@ -94,15 +94,13 @@ def _on_images(apply, config, mesh):
   return on_images
 
 
-def _files(names: Sequence[str | os.PathLike]) -> arrays.Arrays:
+def _files(names: Sequence[str | os.PathLike], rule: pictures.Rule) -> arrays.Arrays:
   """Returns the images in files, still encoded, without labels; a UserError for one that is not there or no image."""
   contents = np.empty(len(names), object)
   for number, name in enumerate(names):
     try:
-      contents[number] = pathlib.Path(name).expanduser().read_bytes()
-      with Image.open(io.BytesIO(contents[number])) as image:
-        image.verify()
-    except (OSError, SyntaxError) as error:  # Pillow's way to say that a PNG is broken.
+      contents[number] = pictures.plain(pathlib.Path(name).expanduser().read_bytes(), rule)
+    except pictures.BROKEN as error:
       raise errors.UserError(f'"{name}" cannot be read as an image ({error}); replace it or leave it out.') from error
   return arrays.Arrays("files", contents, np.full(len(names), -1, np.int32), (), tuple(map(str, names)))
 

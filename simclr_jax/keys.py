@@ -89,8 +89,11 @@ TREE: dict[str, Any] = {
     "source": Key("tfds", "tfds, folder, arrays (an .npz file) or shapes (built in)", choices=sources.SOURCES),
     "name": Key("cifar10", "of the TFDS data set, with /config where it has one"),
     "dir": Key("", "TFDS data_dir ('' is its default), folder of images, or .npz file", is_path=True, is_free=True),
-    "train_split": Key("train", "sub-splits too: train[:90%]"),
+    "train_split": Key("train", "or a part of it: train[:80%], of a folder or file that share of each class"),
     "eval_split": Key("test", "'' pretrains without held-out images"),
+    "holdout": Key(0.0, "share of each class of train_split that is held out, in place of eval_split", BELOW_1),
+    "holdout_group": Key("", "regular expression: images whose names match alike stay on one side, such as ^p\\d+"),
+    "holdout_seed": Key(0, "of the choice", WHOLE),
     "image_size": Key(32, "side of the network's input in pixels; 0: by the folder's images", PIXELS, from_folder=True),
     "shards": Key(16, "parts with an order of their own, at most; hosts divide them", COUNT),
     "shuffle_window": Key(2048, "records of a part shuffled together where the data does not fit in memory", COUNT),
@@ -98,6 +101,9 @@ TREE: dict[str, Any] = {
     "resident": Key(False, "keep all images, of one size, decoded on every device; the host feeds nothing then"),
     "steps_per_dispatch": Key(20, "at most so many steps of resident data in one dispatch", COUNT, is_free=True),
     "examples": Key(0, "images in a split of the built-in shapes", WHOLE),
+    "white": Key(65535, "value of a 16-bit image that is white; 4095 for 12-bit data", "[255, 65535]"),
+    "background": Key("white", "behind transparent pixels: a colour's name or #rrggbb"),
+    "allow_changed": Key(False, "continue a run although its training images have changed", is_free=True),
     "max_bad_share": Key(0.01, "share of a folder's images that may be corrupt before the run stops", UNIT),
   },
   "measured": {
@@ -246,6 +252,13 @@ TREE: dict[str, Any] = {
     "split": Key("train", "which split"),
     "format": Key("npz", "of the files", choices=("npz", "parquet")),
     "rows_per_file": Key(8192, "images in one file", COUNT),
+  },
+  "predict": {
+    "images": Key("", "a file, a folder or a pattern such as 'new/*.jpg'; '' predicts a split", is_path=True),
+    "split": Key("", "which split of data.*, where there are no predict.images; '' is data.eval_split"),
+    "format": Key("csv", "of the predictions", choices=("csv", "parquet", "json")),
+    "top_k": Key(3, "classes that are named for each image, the most probable first", COUNT),
+    "mistakes": Key(24, "the most confident ones that are drawn, where the images have labels; 0: none", WHOLE),
   },
 }
 

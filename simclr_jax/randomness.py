@@ -14,6 +14,7 @@ NumPy's generators take lists, whose missing numbers are zeros:
   order of streamed data          seed, epoch, shard
   a sample of a split             seed, 0, 0, SAMPLE
   images held back for a choice   seed, 0, 0, HELD_BACK
+  images held out of a split      data.holdout_seed, 0, 0, HOLDOUT
 """
 
 import jax
@@ -28,7 +29,7 @@ FORMER_ORDER = np.uint32(1)
 
 CROP, COLORS, COMPOSED = 0, 1, 2
 
-SAMPLE, HELD_BACK = 1, 2
+SAMPLE, HELD_BACK, HOLDOUT = 1, 2, 3
 
 
 def key(seed: int) -> jax.Array:
@@ -37,5 +38,5 @@ def key(seed: int) -> jax.Array:
 
 
 def host(seed: int, purpose: int) -> np.random.Generator:
-  """Returns the host's generator for SAMPLE or HELD_BACK."""
+  """Returns the host's generator for SAMPLE, HELD_BACK or HOLDOUT."""
   return np.random.default_rng([seed, 0, 0, purpose])

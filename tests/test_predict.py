@@ -1,13 +1,19 @@
 """Classifiers put to use: load_classifier, and the job predict on new files and on splits."""
 
+import csv
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import simclr_jax
-from simclr_jax.data import shapes
+from simclr_jax import __main__ as command
+from simclr_jax.data import arrays, shapes
+from simclr_jax.evaluation import confusion, scores
+from simclr_jax.jobs import predict as job
 from simclr_jax.training import checkpoint
 
 
@@ -35,3 +41,133 @@ def test_names_of_classes_are_stored_and_numbers_take_their_place(linear, finetu
   # As a checkpoint of an earlier release.
   saved._metadata.custom_metadata.pop("class_names")
   assert saved.class_names == tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+  """Images of the held-out split in folders: `good` by class in another order, `flat` without, two that are broken."""
+  root = tmp_path_factory.mktemp("photographs")
+  images, labels = shapes.draw("test", 30, 16, 0)
+  for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for path in (
+      root / "good" / "new" / shapes.CLASS_NAMES[label] / f"{number:02d}.png",
+      root / "flat" / f"{number:02d}.png",
+    ):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(image).save(path)
+  (root / "good" / "new" / "ring" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+  (root / "good" / "new" / "empty.JPG").write_bytes(b"")
+  (root / "good" / "notes.txt").write_text("no image")
+  # Whoever follows this link never comes back.
+  (root / "good" / "again").symlink_to(root / "good")
+  return root
+
+
+def predict(workdir, run, *settings):
+  argv = [f"--config.{text}" for text in (f"checkpoint={run}", *settings)]
+  assert command.main(["predict", *argv, f"--workdir={workdir}"]) == 0
+  return json.loads((workdir / "result.json").read_text())
+
+
+def table_of(path):
+  with path.open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_files_are_classified_counted_by_class_and_broken_ones_listed(finetuned, photographs, tmp_path):
+  result = predict(tmp_path, finetuned, f"predict.images={photographs}/good")
+  rows = table_of(tmp_path / "predictions.csv")
+  images, labels = shapes.draw("test", 30, 16, 0)
+  by_number = {int(pathlib.Path(row["file"]).stem): row for row in rows}
+  assert sorted(by_number) == list(range(30))
+  assert (tmp_path / "unreadable.txt").read_text() == "new/empty.JPG\nnew/ring/broken.png\n"
+  classify, names, _ = simclr_jax.load_classifier(str(finetuned))
+  wanted = classify(images)
+  best = wanted.argmax(1)
+  for number, row in by_number.items():
+    found = [float(row[f"p_{name}"]) for name in names]
+    np.testing.assert_allclose(found, wanted[number], rtol=1e-4, atol=1e-6)
+    assert row["label"] == names[labels[number]] == pathlib.Path(row["file"]).parent.name
+    assert (row["class"], float(row["probability"])) == (names[np.argmax(found)], max(found))
+    assert [float(row[key]) for key in ("probability", "probability_2", "probability_3")] == sorted(found)[:-4:-1]
+    assert row["class_2"] == names[np.argsort(found)[-2]]
+  counts = np.zeros((10, 10), int)
+  np.add.at(counts, (labels, best), 1)
+  written = table_of(tmp_path / "confusion.csv")
+  np.testing.assert_array_equal([[int(row[name]) for name in names] for row in written], counts)
+  assert [row[""] for row in written] == list(names)
+  assert (result["examples"], result["unreadable"], result["eval/examples"]) == (30, 2, 30)
+  assert result["eval/top1"] == pytest.approx(np.mean(best == labels))
+  assert result["eval/balanced_top1"] == pytest.approx(np.mean(np.diag(counts) / counts.sum(1)))
+  for name in ("top1", "balanced_top1"):
+    low, high = result[f"eval/{name}_interval"]
+    assert 0 <= low <= result[f"eval/{name}"] <= high <= 1
+  assert [row["class"] for row in table_of(tmp_path / "classes.csv")] == list(names)
+  assert {path.name for path in (tmp_path / "figures").iterdir()} == {"confusion.png", "mistakes.png"}
+
+
+@pytest.mark.slow
+def test_formats_hold_the_same_table_and_flat_folders_no_labels(finetuned, photographs, tmp_path, capsys):
+  pattern = f"predict.images={photographs}/flat/0*.png"
+  result = predict(tmp_path / "json", finetuned, pattern, "predict.format=json", "predict.top_k=99")
+  assert "eval/top1" not in result
+  assert "predicted: " in capsys.readouterr().err
+  rows = json.loads((tmp_path / "json" / "predictions.json").read_text())
+  assert [row["file"] for row in rows] == [f"{number:02d}.png" for number in range(10)]
+  assert list(rows[0]) == ["file", "class", "probability", "top", "probabilities"]
+  assert [len(row["top"]) for row in rows] == [10] * 10
+  assert rows[0]["top"][0] == {key: rows[0][key] for key in ("class", "probability")}
+  predict(tmp_path / "parquet", finetuned, pattern, "predict.format=parquet")
+  frame = parquet.read_table(tmp_path / "parquet" / "predictions.parquet").to_pydict()
+  assert frame["file"] == [row["file"] for row in rows]
+  for name in shapes.CLASS_NAMES:
+    np.testing.assert_allclose(frame[f"p_{name}"], [row["probabilities"][name] for row in rows], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_split_is_predicted_as_its_run_has_counted_it(linear, tmp_path):
+  result = predict(tmp_path, linear, "predict.mistakes=0")
+  counted = json.loads((linear / "result.json").read_text())
+  assert result["eval/top1"] == pytest.approx(counted["eval/top1"])
+  assert result["eval/balanced_top1"] == pytest.approx(counted["eval/balanced_top1"])
+  assert result["eval/examples"] == 80
+
+
+def test_classes_of_a_split_are_matched_by_name():
+  images = arrays.Arrays("x", np.zeros((2, 1, 1, 3), np.uint8), np.zeros(2, np.int32), ("dog", "cat", "fish"))
+  np.testing.assert_array_equal(job._matched(images, ("cat", "cow", "dog")), [2, 0, -1])
+  # Of an older checkpoint, which has no names.
+  np.testing.assert_array_equal(job._matched(images, ("0", "1", "2")), [0, 1, 2])
+
+
+def test_the_interval_of_balanced_accuracy_covers_it():
+  rng, share, of_class = np.random.default_rng(0), np.array([0.95, 0.5, 0.8]), np.array([20, 300, 60])
+  ends = np.array([confusion.balanced_interval(rng.binomial(of_class, share), of_class) for _ in range(2000)])
+  assert 0.93 < np.mean((ends[:, 0] <= share.mean()) & (share.mean() <= ends[:, 1])) < 0.98
+  # A class without images has no part in it.
+  assert confusion.balanced_interval(np.array([3, 0]), np.array([4, 0])) == pytest.approx(scores.wilson(3, 4))
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    (["predict.images={root}/absent"], 'absent" for config.predict.images; give one, or a pattern'),
+    (["predict.images={root}/*.png"], "config.predict.images wants files that match"),
+    (["predict.images={root}/good/new/empty.JPG"], "none of the 1 images of"),
+    (["data.image_size=32"], "was trained at 16 pixels and config.data.image_size is 32; leave it out"),
+    (["data.eval_split="], "predict has no images; set --config.predict.images=FOLDER, or"),
+  ],
+)
+def test_what_cannot_be_predicted_gets_one_line(finetuned, photographs, tmp_path, capsys, settings, said):
+  argv = [f"--config.{text}" for text in (f"checkpoint={finetuned}", *settings)]
+  argv = [text.format(root=photographs) for text in argv]
+  assert command.main(["predict", *argv, f"--workdir={tmp_path}"]) == 2
+  assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_pretraining_without_classifier_says_what_to_run(pretrained, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(checkpoint.Saved, "shapes", {checkpoint.MODEL: {"params": {"encoder": {}}}})
+  assert command.main(["predict", f"--config.checkpoint={pretrained}", f"--workdir={tmp_path}"]) == 2
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert f"{pretrained} has no classifier; train one with labels first: linear_eval or finetune with" in said

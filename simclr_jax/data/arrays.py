@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import io
 import os
 import pathlib
 import zipfile
@@ -13,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from concurrent import futures
 
 import numpy as np
-from PIL import Image
 
 from simclr_jax import errors
+from simclr_jax.data import pictures
 from simclr_jax.data import source as source_lib
 
 
@@ -29,6 +28,8 @@ class Arrays(source_lib.Source):
   class_names: tuple[str, ...]
   example_names: tuple[str, ...] = ()
   multi_label: bool = False
+  checksums: tuple[int, ...] = ()
+  rule: pictures.Rule = pictures.PLAIN  # how encoded images that are no 8-bit RGB become that
 
   @property
   def num_examples(self) -> int:
@@ -61,25 +62,38 @@ class Arrays(source_lib.Source):
       )
     from simclr_jax.data import stored
 
-    fields = {"example_names": self.example_names, "multi_label": self.multi_label}
-    examples = stored.on_host(self.images, self.example_labels)
+    fields = {"example_names": self.example_names, "multi_label": self.multi_label, "checksums": self.checksums}
+    images = self.images
+    if images.dtype != np.uint8:
+      images = np.empty(self.num_examples, object)
+      for number, content in enumerate(self.images):
+        with self._reading(number):
+          images[number] = pictures.plain(content, self.rule)
+    examples = stored.on_host(images, self.example_labels)
     return stored.Stored(self.name, self.class_names, lambda *example: example, examples, **fields)
 
   def _at(self, rows):
     return {"images": self.images[rows], "example_labels": self.example_labels[rows]}
 
   def _decode(self, number: int) -> np.ndarray:
+    with self._reading(number):
+      return pictures.rgb(self.images[number], self.rule)
+
+  @contextlib.contextmanager
+  def _reading(self, number: int) -> Iterator[None]:
+    """Turns what cannot be decoded inside into a UserError."""
     try:
-      with Image.open(io.BytesIO(self.images[number])) as image:
-        return np.asarray(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-      raise errors.UserError(f"image {number} of {self.name} cannot be decoded ({error}); replace it.") from error
+      yield
+    except pictures.BROKEN as error:
+      name = self.example_names[number] if self.example_names else number
+      raise errors.UserError(f"image {name} of {self.name} cannot be decoded ({error}); replace it.") from error
 
 
 def open(request: source_lib.Request) -> Arrays:
   """Returns the split `request.split` of the .npz file `request.data_dir`; raises what `from_mapping` does."""
   with _npz(request.data_dir) as file:
-    return from_mapping(file, request.split, name=os.path.basename(request.data_dir))
+    images = from_mapping(file, request.split, name=os.path.basename(request.data_dir))
+  return dataclasses.replace(images, rule=request.pictures)
 
 
 def split_names(request: source_lib.Request) -> tuple[str, ...]:

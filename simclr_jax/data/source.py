@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from simclr_jax import randomness
+from simclr_jax.data import pictures
 
 if TYPE_CHECKING:
   from simclr_jax.data import arrays, stored
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 class Request:
   """Which split of which data set to open; each source reads the fields that it needs."""
 
-  split: str  # for TFDS also a part of one, as "train[:90%]"
+  split: str  # or a part of one, as "train[:90%]"
   name: str = ""  # of the TFDS data set, as "imagenet2012_subset/1pct"
   data_dir: str = ""  # TFDS folder, image folder or .npz file
   image_size: int = 32  # of the built-in shapes, in pixels
@@ -29,6 +31,7 @@ class Request:
   # Whether a TFDS data set without the feature `label` gives its feature `labels`, any number of classes for each
   # image; without it such a data set has no labels.
   multi_label: bool = False
+  pictures: pictures.Rule = pictures.PLAIN  # how a folder's or file's images that are no 8-bit RGB become that
 
 
 class Source(abc.ABC):
@@ -38,6 +41,7 @@ class Source(abc.ABC):
   class_names: tuple[str, ...]  # empty without labels
   example_names: tuple[str, ...]  # empty where they are not known without reading the data
   multi_label: bool  # whether an image has any number of classes
+  checksums: tuple[int, ...] = ()  # of the examples' contents, where reading them was no further work
   read_name: Any = None  # reads an example's name from stored data, where they hold names
 
   @property
@@ -64,6 +68,13 @@ class Source(abc.ABC):
     """Returns a name for each example: its path or file name, else its number in the split."""
     return self.example_names or tuple(map(str, range(self.num_examples)))
 
+  def fingerprint(self) -> str:
+    """Returns a hash of what is known of the examples without reading the data: names, labels and checksums."""
+    known = hashlib.sha256(f"{self.num_examples} {self.class_names} {self.example_names} {self.checksums}".encode())
+    if self.holds_labels:
+      known.update(np.ascontiguousarray(self.labels()).tobytes())
+    return known.hexdigest()
+
   @abc.abstractmethod
   def labels(self) -> np.ndarray:
     """Returns the label of each example without decoding an image, i32[N], -1 where it has none.
@@ -74,15 +85,17 @@ class Source(abc.ABC):
   def take(self, rows: np.ndarray) -> Self:
     """Returns a source of the examples at the sorted row numbers int[n], in memory."""
     names = tuple(self.example_names[row] for row in rows) if self.has_names else ()
+    sums = tuple(self.checksums[row] for row in rows) if self.checksums else ()
     name = f"{self.name}, {len(rows)} of {self.num_examples}"
-    return dataclasses.replace(self, name=name, example_names=names, **self._at(rows))
+    return dataclasses.replace(self, name=name, example_names=names, checksums=sums, **self._at(rows))
 
   def consecutive(self, begin: int, end: int) -> Self:
     """Returns a source of the examples from `begin` to `end` - 1, which reads no others; they keep their names."""
     numbers = () if self.read_name else tuple(map(str, range(begin, end)))
     names = self.example_names[begin:end] or numbers
     name = f"{self.name}, rows {begin} to {end}"
-    return dataclasses.replace(self, name=name, example_names=names, **self._at(slice(begin, end)))
+    known = {"example_names": names, "checksums": self.checksums[begin:end]}
+    return dataclasses.replace(self, name=name, **known, **self._at(slice(begin, end)))
 
   def sample(self, count: int, seed: int) -> Self:
     """Returns a source of about `count` examples, a function of the seed; the whole source where it has no more."""

@@ -1,10 +1,12 @@
 """The table of data sources, and how one is opened; TensorFlow is imported by those that need it."""
 
+import dataclasses
 import importlib
 import importlib.util
 import types
 
 from simclr_jax import errors
+from simclr_jax.data import parts
 from simclr_jax.data import source as source_lib
 
 # Each is a module of this package with open(request) -> Source and split_names(request) -> tuple[str, ...].
@@ -14,8 +16,18 @@ WITHOUT_TENSORFLOW = ("arrays", "shapes")
 
 
 def load(kind: str, request: source_lib.Request) -> source_lib.Source:
-  """Returns one split; a UserError for a kind not in SOURCES or without its TensorFlow, and for data not there."""
-  return _module(kind).open(request)
+  """Returns one split, or a part of one; a UserError for a kind not in SOURCES or without its TensorFlow.
+
+  Also for data that are not there.
+  """
+  module = _module(kind)
+  if kind == "tfds":  # It cuts by itself, and reads no more of a file than it needs.
+    return module.open(request)
+  name, cut = parts.named(request.split)
+  if not cut:
+    return module.open(request)
+  images = module.open(dataclasses.replace(request, split=name))
+  return images.take(parts.rows(cut, images.labels()))
 
 
 def split_names(kind: str, request: source_lib.Request) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Stored(source_lib.Source):
   example_names: tuple[str, ...] = ()
   read_name: Callable[..., tf.Tensor] | None = None  # a stored example (TensorFlow) -> its name, where it holds one
   multi_label: bool = False
+  checksums: tuple[int, ...] = ()
 
   @property
   def num_examples(self) -> int:
@@ -94,7 +95,8 @@ class Stored(source_lib.Source):
         labels = np.empty((self.num_examples, *label.shape), np.int32)
       arrays.check_size(image, images[0], number, self.name)
       images[number], labels[number] = image, label
-    return arrays.Arrays(self.name, images, labels, self.class_names, self.names(), self.multi_label)
+    known = {"example_names": self.names(), "multi_label": self.multi_label, "checksums": self.checksums}
+    return arrays.Arrays(self.name, images, labels, self.class_names, **known)
 
   def stored(self) -> Stored:
     return self

@@ -1,7 +1,7 @@
 """The jobs, one file each: `run(config, workdir, **options)`; its docstring is its help."""
 
 JOBS = (
-  *("pretrain", "linear_eval", "finetune", "distill", "knn", "transfer", "embed"),
+  *("pretrain", "linear_eval", "finetune", "distill", "knn", "transfer", "embed", "predict"),
   *("study", "convert", "demo", "plan", "bench"),
 )
 

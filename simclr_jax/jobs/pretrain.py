@@ -87,7 +87,7 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
   """
   config, knobs, train = this.config, this.config.monitor, this.train
   parts = []
-  if this.classes and config.data.eval_split and (model.linear_head or knobs.knn_images):
+  if this.classes and this.has_held_out and (model.linear_head or knobs.knn_images):
     if this.held_out.num_classes:
       known = this.rows(train.sample(knobs.knn_images, config.seed)) if knobs.knn_images else None
       options = {"knn_neighbours": knobs.knn_neighbours, "classes": this.classes}

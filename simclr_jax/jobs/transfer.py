@@ -47,7 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   settings = {task.key: json.loads(json.dumps({**dataclasses.asdict(task), "checkpoint": step})) for task in tasks}
   finished = {task.key: _finished(workdir, task.key, settings[task.key]) for task in tasks}
   # All are opened before the first is computed, so that a mistake in the last one's name is found now.
-  ready, missing = _opened([task for task in tasks if not finished[task.key]], config)
+  ready, missing = _opened([task for task in tasks if not finished[task.key]], this)
   if len(missing) == len(tasks):
     raise errors.UserError(f"none of the {len(tasks)} data sets is there; {next(iter(missing.values()))}")
   table = {}
@@ -101,17 +101,22 @@ def _finished(workdir: str, key: str, settings: dict[str, Any]) -> dict[str, Any
 
 
 def _opened(
-  tasks: list[transfer_sets.Task], config: ml_collections.ConfigDict
+  tasks: list[transfer_sets.Task], this: experiment.Experiment
 ) -> tuple[dict[str, dict[str, source.Source]], dict[str, str]]:
   """Returns the splits of each data set by key, and why others are missing, of those that may be."""
   sources.check_tensorflow("tfds")
-  ready, missing = {}, {}
+  config, ready, missing = this.config, {}, {}
   may_miss = transfer_sets.optional(config.transfer.datasets)
   for task in tasks:
     at = {"name": task.location, "data_dir": config.data.dir} if task.source == "tfds" else {"data_dir": task.location}
     request = source.Request("", max_bad_share=config.data.max_bad_share, multi_label=True, **at)
     try:
-      names = transfer_sets.splits_of(task, sources.split_names(task.source, request))
+      found = sources.split_names(task.source, request)
+      if this.config.data.holdout and task.source == "folder" and found == ("train",):
+        images = sources.load(task.source, dataclasses.replace(request, split="train"))
+        ready[task.key] = dict(zip(("train", "test"), this.divided(images), strict=True))
+        continue
+      names = transfer_sets.splits_of(task, found)
       parts = zip(("train", "validation", "test"), names, strict=True)
       requests = {part: dataclasses.replace(request, split=split) for part, split in parts if split}
       ready[task.key] = {part: sources.load(task.source, wanted) for part, wanted in requests.items()}
