@@ -84,7 +84,7 @@ def _counts(labels, class_names):
   )
 
 
-def _files_under(root: str) -> Iterator[tuple[str, list[str]]]:
+def files_under(root: str) -> Iterator[tuple[str, list[str]]]:
   """Yields (folder relative to `root`, its file names); folders that hold a run, and links to a folder above, once."""
   if "://" in root:  # Object stores have no links.
     for folder, _, names in tf.io.gfile.walk(root):
@@ -125,7 +125,7 @@ def _image_files(root: str) -> list[str]:
   if not root or not tf.io.gfile.isdir(root):
     raise errors.UserError(f'no folder "{root}"; set --config.data.dir to the folder that holds the images.')
   images, others, unread = [], 0, []
-  for folder, names in _files_under(root):
+  for folder, names in files_under(root):
     for name in names:
       path = os.path.normpath(os.path.join(folder, name))
       hidden = any(part.startswith(".") or part in IGNORED for part in path.split(os.sep))

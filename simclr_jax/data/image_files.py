@@ -1,14 +1,15 @@
 """Image files as people name them: a file, a folder or a pattern; those that cannot be decoded are told apart."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from simclr_jax import errors
-from simclr_jax.data import arrays, decode, folder
+from simclr_jax.data import arrays, decode, folder, pictures
 
 WILDCARDS = "*?["
 
@@ -20,8 +21,12 @@ def found(where: str) -> tuple[str, list[str]]:
   it matches. Local or gs://. UserError: there is none.
   """
   if tf.io.gfile.isdir(where):
-    paths = [path for path in _below(where) if path.lower().endswith(folder.IMAGE_ENDINGS)]
-    wanted = f"files that end in {', '.join(folder.IMAGE_ENDINGS)}"
+    paths = [
+      os.path.normpath(os.path.join(below, name)) for below, names in folder.files_under(where) for name in names
+    ]
+    hidden = lambda path: any(part.startswith(".") for part in path.split("/"))
+    paths = [path for path in paths if path.lower().endswith(pictures.ENDINGS) and not hidden(path)]
+    wanted = f"files that end in {', '.join(pictures.ENDINGS)}"
   elif any(letter in where for letter in WILDCARDS):
     parts = where.split("/")
     fixed = next(number for number, part in enumerate(parts) if any(letter in part for letter in WILDCARDS))
@@ -38,45 +43,35 @@ def found(where: str) -> tuple[str, list[str]]:
   return where, sorted(paths)
 
 
-def _below(root: str) -> Iterator[str]:
-  """Yields the paths, relative to a folder, of the files below it that are not hidden; each folder once."""
-  seen = set()
-  walk = tf.io.gfile.walk(root) if "://" in root else os.walk(root, followlinks=True)
-  for where, folders, names in walk:
-    real = where if "://" in where else os.path.realpath(where)
-    # A link to a parent would lead down for ever.
-    if real in seen:
-      folders.clear()
-      continue
-    seen.add(real)
-    folders[:] = [name for name in folders if not name.startswith(".")]
-    yield from (os.path.relpath(os.path.join(where, name), root) for name in names if not name.startswith("."))
-
-
-def opened(root: str, paths: Sequence[str], class_names: Sequence[str] = ()) -> tuple[arrays.Arrays, list[str]]:
-  """Returns the images at paths under a folder, still encoded, and the paths of those that cannot be decoded.
+def opened(
+  root: str, paths: Sequence[str], class_names: Sequence[str] = (), rule: pictures.Rule = pictures.PLAIN
+) -> tuple[arrays.Arrays, dict[str, str]]:
+  """Returns the images at paths under a folder, still encoded, and why others cannot be decoded, by path.
 
   The label of an image is the nearest folder above it, below `root`, with the name of a class; -1 where none has.
   """
   numbers = {name: number for number, name in enumerate(class_names)}
 
   def read(path):
+    """Returns the bytes of an image, or why there are none."""
     try:
       with tf.io.gfile.GFile(os.path.join(root, path), "rb") as file:
         content = file.read()
+      content = pictures.plain(content, rule)
       decode.decode_image(content)
-    except (OSError, ValueError, tf.errors.OpError):
-      return None
+    except tf.errors.OpError:
+      return "it is damaged"
+    except pictures.BROKEN as error:
+      return "it is no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
     return content
 
-  # Threads, because TensorFlow releases the interpreter's lock while it decodes.
+  # Threads, because TensorFlow and Pillow release the interpreter's lock while they decode.
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    contents = list(pool.map(read, paths))
-  good = [number for number, content in enumerate(contents) if content is not None]
-  images = np.empty(len(good), object)
-  images[:] = [contents[number] for number in good]
+    contents = dict(zip(paths, pool.map(read, paths), strict=True))
+  bad = {path: content for path, content in contents.items() if isinstance(content, str)}
+  names = tuple(path for path in paths if path not in bad)
+  images = np.empty(len(names), object)
+  images[:] = [contents[name] for name in names]
   label = lambda path: next((numbers[part] for part in reversed(path.split("/")[:-1]) if part in numbers), -1)
-  names = tuple(paths[number] for number in good)
   labels = np.array([label(name) for name in names], np.int32)
-  bad = [path for path, content in zip(paths, contents, strict=True) if content is None]
   return arrays.Arrays(root, images, labels, tuple(class_names), names), bad

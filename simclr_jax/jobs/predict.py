@@ -9,7 +9,7 @@ classifier). Images go through the evaluation's centre crop. Writes predictions.
   --config.predict.format=parquet       or json, in place of csv
   --config.predict.top_k=3              classes that are named for each image
 
-Files that cannot be decoded are left out and listed in unreadable.txt. Where images have labels, classes.csv has the
+Files that cannot be decoded are left out and listed in unreadable.csv. Where images have labels, classes.csv has the
 accuracy of each class, confusion.csv how many of a class (row) are taken for another (column), and figures/ the matrix
 and the most confident mistakes.
 """
@@ -31,7 +31,7 @@ from tqdm import auto as tqdm
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, figures, files, inference
-from simclr_jax.data import inputs, source, sources
+from simclr_jax.data import inputs, pictures, source, sources
 from simclr_jax.evaluation import confusion, features
 from simclr_jax.training import checkpoint, telemetry
 
@@ -47,7 +47,7 @@ class Predictions(NamedTuple):
   names: tuple[str, ...]
   label: np.ndarray  # i32[N], -1 where it is not known.
   probability: np.ndarray  # f32[N, K].
-  unreadable: list[str]
+  unreadable: dict[str, str]  # Why a file could not be decoded, by its name.
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class _Split:
     if not split:
       raise errors.UserError("predict has no images; set --config.predict.images=FOLDER, or --config.predict.split.")
     self._this, self._images = this, this.images_of(split)
-    self.name, self.total, self.unreadable = self._images.name, self._images.num_examples, []
+    self.name, self.total, self.unreadable = self._images.name, self._images.num_examples, {}
     self._classes = _matched(self._images, class_names)
 
   def parts(self) -> Iterator[source.Source]:
@@ -137,7 +137,7 @@ class _Files:
     # It imports TensorFlow.
     from simclr_jax.data import image_files
 
-    self._open, self._this, self._names, self.unreadable = image_files.opened, this, class_names, []
+    self._open, self._this, self._names, self.unreadable = image_files.opened, this, class_names, {}
     self._root, self._paths = image_files.found(this.config.predict.images)
     self.name, self.total = this.config.predict.images, len(self._paths)
     folders = {part for path in self._paths for part in path.split("/")[:-1]}
@@ -150,8 +150,8 @@ class _Files:
 
   def parts(self) -> Iterator[source.Source]:
     for begin in range(0, self.total, CHUNK):
-      part, bad = self._open(self._root, self._paths[begin : begin + CHUNK], self._names)
-      self.unreadable += bad
+      part, bad = self._opened(self._paths[begin : begin + CHUNK])
+      self.unreadable |= bad
       if part.num_examples:
         yield part
 
@@ -164,8 +164,12 @@ class _Files:
   def label(self, label: np.ndarray) -> np.ndarray:
     return label
 
+  def _opened(self, paths):
+    data = self._this.config.data
+    return self._open(self._root, paths, self._names, pictures.Rule(data.white, data.background))
+
   def shown(self, names: Sequence[str], rows: np.ndarray) -> list[np.ndarray]:
-    return _pixels(self.rows(self._open(self._root, names)[0])) if names else []
+    return _pixels(self.rows(self._opened(names)[0])) if names else []
 
 
 def _pixels(batches):
@@ -206,8 +210,8 @@ def _predict(this, found, images) -> Predictions:
     raise errors.UserError(f"none of the {images.total} images of {images.name} can be decoded; name others.")
   if images.unreadable:
     telemetry.log.warning("predict: %d files cannot be decoded and are left out:", len(images.unreadable))
-    for name in images.unreadable[:SHOWN]:
-      telemetry.log.warning("  left out: %s", name)
+    for name, reason in itertools.islice(images.unreadable.items(), SHOWN):
+      telemetry.log.warning("  left out: %s: %s", name, reason)
   whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
   return Predictions(tuple(names), images.label(whole["label"]), whole["probability"], images.unreadable)
 
@@ -243,9 +247,9 @@ def _write(folder: epath.Path, told: Predictions, class_names: Sequence[str], ke
   """Writes the predictions, and the names of the files that could not be decoded."""
   columns = _columns(told, class_names, keys.top_k)
   files.write_bytes(folder / f"predictions.{keys.format}", WRITERS[keys.format](columns, class_names))
-  unreadable = folder / "unreadable.txt"
+  unreadable = folder / "unreadable.csv"
   if told.unreadable:
-    files.write_bytes(unreadable, "".join(f"{name}\n" for name in told.unreadable).encode())
+    files.write_bytes(unreadable, _lines([("file", "reason"), *told.unreadable.items()]))
   else:
     unreadable.unlink(missing_ok=True)
 
