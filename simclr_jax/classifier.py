@@ -1,18 +1,19 @@
 """Training of a linear classifier on an encoder, of which any part may learn along: finetune, linear_eval, distill."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from simclr_jax import experiment, figures, optim
 from simclr_jax.data import source
 from simclr_jax.evaluation import baselines, scores
-from simclr_jax.hardware import cost
+from simclr_jax.hardware import cost, sharding
 from simclr_jax.models import simclr
-from simclr_jax.training import loop, objectives, telemetry
+from simclr_jax.training import checkpoint, loop, objectives, telemetry
 from simclr_jax.training import state as state_lib
 
 
@@ -75,6 +76,22 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
   _, accuracies = loop.train(state, step_fn, images, settings, constants)
   about = {"checkpoint": run.config.checkpoint, "steps": optimizer.total_steps, "train_examples": examples}
   return _finish(run, task, {**accuracies, **about, **task.about})
+
+
+def store(
+  run: experiment.Experiment, variables: Any, layer: int, dense: dict[str, np.ndarray], class_names: Sequence[str]
+) -> None:
+  """Writes a checkpoint of a frozen network (a tree of `params` and `batch_stats`) and a classifier of its features.
+
+  They are the outputs of a layer of the projection head; the classifier is a `kernel` f[D, K] and a `bias` f[K].
+  """
+  step, head = jax.device_put((np.zeros((), np.int32), {"dense": dense}), sharding.replicated(run.mesh))
+  params = {**variables["params"], "linear_head": head}
+  state = state_lib.TrainState(step, params, variables["batch_stats"], opt_state=())
+  about = {"every_steps": 0, "keep": 1, "classifier_layer": layer, "class_names": class_names}
+  checkpoints = checkpoint.Checkpoints(run.workdir, run.config.to_dict(), **about)
+  checkpoints.save(state, 0)
+  checkpoints.close()
 
 
 def flops_of_image(run: experiment.Experiment, model: simclr.Classifier, state: state_lib.TrainState) -> int:

@@ -183,8 +183,8 @@ def confusion(counts: np.ndarray, names: Sequence[str], path: str, *, title: str
         color = "white" if shares[row, column] > 0.6 else "black"
         axis.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
   if classes <= MOST_NAMES:
-    axis.set_xticks(range(classes), [_short(name) for name in names], rotation=90)
-    axis.set_yticks(range(classes), [_short(name) for name in names])
+    axis.set_xticks(range(classes), [short(name) for name in names], rotation=90)
+    axis.set_yticks(range(classes), [short(name) for name in names])
     axis.tick_params(length=0, labelsize=9 if classes <= MOST_NUMBERS else 6)
   axis.set(xlabel="predicted class", ylabel="true class")
   figure.colorbar(drawn, label="% of the true class's images", fraction=0.046, pad=0.04)
@@ -208,7 +208,8 @@ def captioned(images: Sequence[np.ndarray], captions: Sequence[str], path: str, 
   _save(figure, path, title)
 
 
-def _short(name: str, most: int = 24) -> str:
+def short(name: str, most: int = 24) -> str:
+  """Returns a name, cut where it is longer than `most` letters."""
   return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -7,8 +7,8 @@ import pytest
 from runs import TINY, job
 
 from simclr_jax import __main__ as command
+from simclr_jax import classifier, errors, experiment, inference, numbers
 from simclr_jax import config as config_lib
-from simclr_jax import errors, experiment, inference, numbers
 from simclr_jax.data import arrays
 from simclr_jax.evaluation import features
 from simclr_jax.jobs import linear_eval
@@ -77,6 +77,7 @@ def evaluate(monkeypatch, tmp_path):
       return features.Features(*table[batches[0]])
 
     monkeypatch.setattr(features, "of_split", of_split)
+    monkeypatch.setattr(classifier, "store", lambda *parts: passes.append(parts[-2]["kernel"].shape))
     keys = {
       **{"linear_eval.protocol": "features", "checkpoint": "random", "probes.batch_size": 32, "probes.epochs": 40},
       "baselines.train_images": 0,
@@ -99,7 +100,9 @@ def test_the_features_protocol_reads_every_pass_and_writes_its_choices(evaluate)
     *("probes.passes=3", "probes.validation_share=0.4"),
     *("probes.learning_rates=1.0", "probes.weight_decays=0.0", "probes.l2_strengths=1e-4"),
   )
+  *passes, kernel = passes
   assert passes == [("train", 0), ("train", 1), ("train", 2), ("test", 0)]
+  assert kernel == (200, 4)
   assert max(cell["top1"] for cell in result["validation/top1"] + result["validation/lbfgs_top1"]) < 0.6
   assert result["eval/top1"] == result["eval/lbfgs_top1"] == 1
   assert (result["learning_rate"], result["weight_decay"], result["l2_strength"]) == (1.0, 0.0, 1e-4)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 import simclr_jax
 from simclr_jax import __main__ as command
 from simclr_jax.data import arrays, shapes
-from simclr_jax.evaluation import confusion, scores
+from simclr_jax.evaluation import confusion, scores, selection
 from simclr_jax.jobs import predict as job
 from simclr_jax.training import checkpoint
 
@@ -172,3 +172,18 @@ def test_a_pretraining_without_classifier_says_what_to_run(pretrained, tmp_path,
   assert command.main(["predict", f"--config.checkpoint={pretrained}", f"--workdir={tmp_path}"]) == 2
   said = capsys.readouterr().err.splitlines()[-1]
   assert f"{pretrained} has no classifier; train one with labels first: linear_eval or finetune with" in said
+
+
+@pytest.mark.slow
+def test_a_linear_evaluation_on_stored_features_leaves_its_classifier(pretrained, tmp_path, monkeypatch):
+  worse = selection.GridChoice(0.1, 0.0, 0.0, 0.0, validation_top1=np.full((1, 1), -1.0))
+  monkeypatch.setattr(selection, "choose_from_grid", lambda *_, **__: worse)
+  settings = [f"checkpoint={pretrained}", "linear_eval.protocol=features", "head.evaluate_from=1"]
+  settings += ["probes.learning_rates=0.1", "probes.weight_decays=0", "probes.l2_strengths=1e-3"]
+  assert command.main(["linear_eval", *(f"--config.{text}" for text in settings), f"--workdir={tmp_path}"]) == 0
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert result["stored_classifier"] == "lbfgs"
+  classify, names, _ = simclr_jax.load_classifier(str(tmp_path))
+  images, labels = shapes.draw("test", 80, 16, 0)
+  assert np.mean(classify(images).argmax(1) == labels) == pytest.approx(result["eval/lbfgs_top1"])
+  assert names == shapes.CLASS_NAMES

@@ -218,3 +218,13 @@ def test_scikit_learn_s_probe_separates_what_is_linearly_separable():
   labels = rng.integers(0, 3, 300)
   x = np.eye(3)[labels] + 0.1 * rng.standard_normal((300, 3))
   assert probes.probe_accuracy(x[:200], labels[:200], x[200:], labels[200:]) == 1.0
+
+
+def test_a_classifier_of_standardised_features_has_an_equal_one_of_raw_features():
+  rng = np.random.default_rng(0)
+  train, other = (np.float64([5, 50, 3, 1, 0]) + rng.random((n, 5)) * [1, 9, 0, 1e-3, 1] for n in (40, 7))
+  dense = {"kernel": rng.standard_normal((5, 3)), "bias": rng.standard_normal(3)}
+  raw = probes.of_raw(dense, train)
+  for x, standard in zip((train, other), probes.standardise(train, other), strict=True):
+    wanted = standard @ dense["kernel"] + dense["bias"]
+    np.testing.assert_allclose(x @ raw["kernel"] + raw["bias"], wanted, rtol=1e-9, atol=1e-9)

@@ -71,14 +71,18 @@ def test_the_setting_that_is_best_in_validation_counts_not_in_test(quick):
 
 def test_of_equal_settings_the_first_is_chosen(monkeypatch):
   data = clusters(40, 8, 4)
-  monkeypatch.setattr(probes, "train_grid", lambda x, y, grid, **_: (len(grid.learning_rates), len(grid.weight_decays)))
-  monkeypatch.setattr(probes, "logistic_regression", lambda x, y, path, **_: (len(path.l2_strengths), converged(path)))
-  equal = lambda shape, *_, **__: {"top1": np.full(shape, 0.5), "balanced_top1": np.full(shape, 0.4)}
+  zeros = lambda *axes: {"dense": {"kernel": np.zeros((*axes, 8, 4)), "bias": np.zeros((*axes, 4))}}
+  grid_of = lambda x, y, grid, **_: zeros(len(grid.learning_rates), len(grid.weight_decays))
+  monkeypatch.setattr(probes, "train_grid", grid_of)
+  path_of = lambda x, y, path, **_: (zeros(len(path.l2_strengths)), converged(path))
+  monkeypatch.setattr(probes, "logistic_regression", path_of)
+  share = lambda params, value: np.full(params["dense"]["bias"].shape[:-1], value)
+  equal = lambda params, *_, **__: {"top1": share(params, 0.5), "balanced_top1": share(params, 0.4)}
   monkeypatch.setattr(probes, "accuracies", equal)
   grid, path = chosen(data, data, rates=[0.3, 0.1], decays=[0.1, 0.0], strengths=[1e-2, 1e-3])
   assert (grid.learning_rate, grid.weight_decay, path.l2_strength) == (0.3, 0.1, 1e-2)
   # The transfer protocol takes the strongest penalty.
-  monkeypatch.setattr(probes, "logits", lambda strengths, x, **_: [x] * strengths)
+  monkeypatch.setattr(probes, "logits", lambda params, x, **_: [x] * len(params["dense"]["bias"]))
   path = probes.L2Path([1e-3, 1e-2], 1, 1.0)
   assert selection.best_regression("cars", data, data, data, path, score=scores.top1, classes=4).l2 == 1e-2
 

@@ -260,11 +260,28 @@ def accuracies(
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
   """Returns arrays f[..., D] minus the mean of `train`, by its standard deviation; constant features become 0."""
+  mean, scale = _standard(train)
+  return [(x - mean) * scale for x in (train, *others)]
+
+
+def of_raw(dense: dict[str, np.ndarray], train: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns a classifier of features as they are that is equal to one of those that `standardise` makes by `train`.
+
+  Both are a `kernel` f[D, K] with a `bias` f[K].
+  """
+  mean, scale = (x.astype(np.float64) for x in _standard(train))
+  kernel = np.asarray(dense["kernel"], np.float64) * scale[:, None]
+  bias = np.asarray(dense["bias"], np.float64) - mean @ kernel
+  return {name: x.astype(dense["kernel"].dtype) for name, x in (("kernel", kernel), ("bias", bias))}
+
+
+def _standard(train):
+  """Returns the mean f[D], and the factors f[D] that make the deviations of f[N, D] one; 0 for a constant column."""
   mean, variance = _moments(train)
   deviation = np.sqrt(variance)
   varies = deviation > np.finfo(train.dtype).eps * np.abs(mean)
   scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0).astype(train.dtype)
-  return [(x - mean.astype(train.dtype)) * scale for x in (train, *others)]
+  return mean.astype(train.dtype), scale
 
 
 def precondition(train: np.ndarray, *others: np.ndarray) -> tuple[list[np.ndarray], float]:

@@ -31,6 +31,7 @@ class GridChoice:
   balanced_top1: float  # Its mean over the classes.
   validation_top1: np.ndarray  # f64[L, W], of every cell.
   top5: float | None = None  # From six classes on.
+  dense: dict[str, np.ndarray] | None = None  # The classifier of the features: `kernel` f[D, K] and `bias` f[K].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class PathChoice:
   balanced_top1: float  # Its mean over the classes.
   validation_top1: np.ndarray  # f64[S], of every strength.
   top5: float | None = None  # From six classes on.
+  dense: dict[str, np.ndarray] | None = None  # The classifier of the features: `kernel` f[D, K] and `bias` f[K].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ def choose_from_grid(
   cell = dataclasses.replace(grid, learning_rates=[rate], weight_decays=[decay])
   again = probes.train_grid(*_flat(x, y), cell, **options)
   counted = {name: float(value[0, 0]) for name, value in probes.accuracies(again, *test, mesh=mesh).items()}
-  return GridChoice(rate, decay, **counted, validation_top1=table)
+  dense = {name: np.asarray(leaf[0, 0]) for name, leaf in again["dense"].items()}
+  return GridChoice(rate, decay, **counted, validation_top1=table, dense=dense)
 
 
 def choose_from_path(
@@ -98,12 +101,15 @@ def choose_from_path(
           "early stop. Raise lbfgs_steps, or leave weak strengths out of l2_strengths.",
           *(strength, steps),
         )
-    return probes.accuracies(trained, other_x, other[1], mesh=mesh)
+    return trained, probes.accuracies(trained, other_x, other[1], mesh=mesh)
 
-  by_strength = fit(_flat(x[:, fitted], y[fitted]), (x[0, chosen_by], y[chosen_by]), path)["top1"]
+  by_strength = fit(_flat(x[:, fitted], y[fitted]), (x[0, chosen_by], y[chosen_by]), path)[1]["top1"]
   strength = path.l2_strengths[int(np.argmax(by_strength))]
-  counted = fit(_flat(x, y), test, dataclasses.replace(path, l2_strengths=[strength]))
-  return PathChoice(strength, **{name: float(value[0]) for name, value in counted.items()}, validation_top1=by_strength)
+  whole = _flat(x, y)
+  trained, counted = fit(whole, test, dataclasses.replace(path, l2_strengths=[strength]))
+  dense = probes.of_raw({name: np.asarray(leaf[0]) for name, leaf in trained["dense"].items()}, whole[0])
+  counted = {name: float(value[0]) for name, value in counted.items()}
+  return PathChoice(strength, **counted, validation_top1=by_strength, dense=dense)
 
 
 def regression_top1(known: Features, test: Features, *, classes: int, seed: int, mesh: Mesh | None = None) -> float:

@@ -9,7 +9,8 @@ checkpoint with encoder and classifier.
 
 --config.linear_eval.protocol=features takes one pass over the images and trains many classifiers at once: a grid of
 learning rates and weight decays, and a path of L2 strengths. A held-back part of the training images chooses one of
-each; these two are trained again on all training images and count the held-out split once.
+each; these two are trained again on all training images and count the held-out split once. The checkpoint has the one
+that did better on the part held back.
 --config.linear_eval.protocol=stored trains none, and counts with the classifier of the checkpoint: a run of finetune,
 distill or linear_eval, pretraining's online classifier, or a converted release.
 """
@@ -124,6 +125,8 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   begin = time.monotonic()
   by_path = selection.choose_from_path(known, rows, test, path, **options)
   seconds["lbfgs"] = time.monotonic() - begin
+  stored, best = max((("grid", by_grid), ("lbfgs", by_path)), key=lambda choice: choice[1].validation_top1.max())
+  classifier.store(this, frozen.variables, frozen.layer, best.dense, train.class_names)
   by_cell = zip(itertools.product(grid.learning_rates, grid.weight_decays), by_grid.validation_top1.flat, strict=True)
   cells = [{"learning_rate": rate, "weight_decay": decay, "top1": float(top1)} for (rate, decay), top1 in by_cell]
   by_strength = zip(path.l2_strengths, by_path.validation_top1, strict=True)
@@ -143,6 +146,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
     "train_examples": train.num_examples,
     "layer": frozen.layer,
     "protocol": "features",
+    "stored_classifier": stored,
     "checkpoint": config.checkpoint,
   }
   telemetry.log.info("%s", report(result))

@@ -303,7 +303,10 @@ def _draw(folder, counts, told, best, mistakes, shown, class_names) -> None:
   # On several processes others hold some of the images.
   if len(shown) and len(shown) == len(mistakes):
     confidence = lambda row: f"{100 * told.probability[row, best[row]]:.0f} %"
-    captions = [f"{class_names[told.label[r]]}\n→ {class_names[best[r]]}, {confidence(r)}" for r in mistakes]
+    short = figures.short
+    captions = [
+      f"{short(class_names[told.label[r]])}\n→ {short(class_names[best[r]])}, {confidence(r)}" for r in mistakes
+    ]
     title = "The most confident mistakes: true class → prediction, its probability"
     figures.captioned(shown, captions, str(folder / "mistakes.png"), title=title)
   else:
