@@ -50,15 +50,18 @@ def run(
     after_stage=len(this.network.encoder().stages) - 1,
     frozen_head=True,
     about={"layer": layer},
-    compare=lambda top1, examples: _compared(this, inference.representation(this), top1, examples),
+    compare=lambda *own: _compared(this, *own),
   )
   return classifier.train(this, task, profile_steps=profile_steps)
 
 
 def _compared(
-  this: experiment.Experiment, frozen: inference.Representation, top1: float, examples: int
+  this: experiment.Experiment, top1: float, examples: int, frozen: inference.Representation | None = None
 ) -> dict[str, Any]:
   """Returns what a result of so many held-out images is worth, see `comparison.of_result`."""
+  if not this.config.baselines.train_images:
+    return {}
+  frozen = frozen or inference.representation(this)
   judge = comparison.regression_judge(this, this.train.num_classes)
   options = {"encoder": (frozen.encode, frozen.variables), "classifier": (top1, examples)}
   return comparison.of_result(this, this.labelled, this.held_out, judge, **options)
@@ -150,7 +153,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
     "checkpoint": config.checkpoint,
   }
   telemetry.log.info("%s", report(result))
-  result |= _compared(this, frozen, by_grid.top1, len(test.label))
+  result |= _compared(this, by_grid.top1, len(test.label), frozen)
   telemetry.log.info("%s", telemetry.write_result(this.workdir, result))
   return result
 
