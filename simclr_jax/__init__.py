@@ -38,10 +38,12 @@ def run(job: str, config: "ml_collections.ConfigDict | None", workdir: str, **op
     **options: the job's own, such as `profile_steps=(10, 15)`.
   UserError: something in config or options does not fit.
   """
-  from simclr_jax import errors, files, jobs
+  from simclr_jax import errors, files, jobs, preflight
 
   if job not in jobs.JOBS:
     raise errors.UserError(f"unknown job {job!r}{errors.nearest(job, jobs.JOBS)}; the jobs are {', '.join(jobs.JOBS)}.")
+  workdir = files.absolute(workdir) if workdir else ""
+  preflight.check(job, config, workdir)
   import jax
 
   from simclr_jax.training import telemetry
@@ -50,7 +52,7 @@ def run(job: str, config: "ml_collections.ConfigDict | None", workdir: str, **op
   inputs = () if job in jobs.WITHOUT_CONFIG else (config,)
   if config is not None and "float64" in (config.model.dtype, config.model.param_dtype):
     jax.config.update("jax_enable_x64", True)
-  result = importlib.import_module(f"simclr_jax.jobs.{job}").run(*inputs, files.absolute(workdir), **options)
+  result = importlib.import_module(f"simclr_jax.jobs.{job}").run(*inputs, workdir, **options)
   return {**result, "version": __version__} if isinstance(result, dict) else {"version": __version__}
 
 

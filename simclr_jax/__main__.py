@@ -20,6 +20,7 @@ import jax
 import simclr_jax
 from simclr_jax import config as config_lib
 from simclr_jax import errors, jobs, numbers
+from simclr_jax.keys import KEYS
 
 # What these compute is of no use to a later run, so they need no folder of their own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
@@ -221,6 +222,8 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     option = arg.removeprefix("--").partition("=")[0]
     if not arg.startswith("--"):
       raise errors.UserError(f"unexpected argument {arg!r}; options look like --name=value.")
+    if option in KEYS:
+      raise errors.UserError(f"unknown option --{option}; keys of the config have a prefix: --config.{arg[2:]}.")
     raise errors.UserError(f"unknown option --{option}{errors.nearest(option, known)}; see --help.")
   return options, overrides
 

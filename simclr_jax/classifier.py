@@ -10,7 +10,7 @@ from etils import epath
 
 from simclr_jax import experiment, figures, optim
 from simclr_jax.data import source
-from simclr_jax.evaluation import scores
+from simclr_jax.evaluation import baselines, scores
 from simclr_jax.hardware import cost, sharding
 from simclr_jax.models import simclr
 from simclr_jax.training import checkpoint, loop, objectives, telemetry
@@ -32,6 +32,8 @@ class Task:
   # Makes the arrays of the step that no step changes, once everything else is known to fit.
   constants: Callable[[], tuple[Any, ...]] = tuple
   class_names: tuple[str, ...] = ()  # In the order of the outputs; empty takes those of the training images.
+  # (top-1, examples) -> what this is worth, for `result.json`.
+  compare: Callable[[float, int], dict[str, Any]] = lambda top1, examples: {}
   about: dict[str, Any] = dataclasses.field(default_factory=dict)  # For `result.json`, beside the accuracies.
 
 
@@ -74,7 +76,7 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
   step_fn = images.jit(run.step(objective, optimizer), state, *constants)
   _, accuracies = loop.train(state, step_fn, images, settings, constants)
   about = {"checkpoint": run.config.checkpoint, "steps": optimizer.total_steps, "train_examples": examples}
-  return _finish(run, {**accuracies, **about, **task.about})
+  return _finish(run, task, {**accuracies, **about, **task.about})
 
 
 def store(
@@ -112,8 +114,7 @@ def _held_out_accuracy(run, model, held_out) -> loop.Evaluate:
   return evaluate
 
 
-def _finish(run, result):
-  path = telemetry.write_result(run.workdir, result)
+def _finish(run, task, result):
   if jax.process_index() == 0:
     panels = {
       "Loss": {"train/loss": "training", "eval/loss": "cross-entropy, held out"},
@@ -125,5 +126,8 @@ def _finish(run, result):
     }
     curves = str(epath.Path(run.workdir) / "figures" / "curves.png")
     figures.curves(telemetry.read_rows(run.workdir), panels, curves, title=run.job)
-    telemetry.log.info("%s: %s of %d held-out images; %s", run.job, scores.shown(result), result["eval/examples"], path)
+    telemetry.log.info("%s: %s of %d held-out images", run.job, scores.shown(result), result["eval/examples"])
+  own = result["eval/top1"], result["eval/examples"]
+  result = {**result, "eval/top1_interval": baselines.interval(*own), **task.compare(*own)}
+  telemetry.log.info("%s", telemetry.write_result(run.workdir, result))
   return result

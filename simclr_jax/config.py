@@ -231,12 +231,13 @@ def claim(
   free: tuple[str, ...] = FREE,
   asked: Mapping[str, Value] = types.MappingProxyType({}),
   images: Mapping[str, Any] = types.MappingProxyType({}),
+  allow_changed: bool = False,
 ) -> None:
   """Writes `workdir/config.json`, or checks that it already holds this very run: its job and its plain nested config.
 
   Keys in `free` may differ; the UserError for another run names the first one else that does. `asked` has the values
   that the user gave for keys whose values the data changed; see `recorded`. `images` is what identifies the training
-  images (`examples`, their number, and `sha256`): others are refused, unless `data.allow_changed`.
+  images (`examples`, their number, and `sha256`): others are refused, unless `allow_changed`.
   """
   path = epath.Path(workdir) / "config.json"
   if path.exists():
@@ -253,7 +254,7 @@ def claim(
           else "choose another --workdir or repeat that run's command."
         )
       )
-    _check_images(workdir, stored.get("images", {}), images, allowed=config["data"]["allow_changed"])
+    _check_images(workdir, stored.get("images", {}), images, allowed=allow_changed)
     images = images or stored.get("images", {})
   if jax.process_index() == 0:
     facts = {"job": job, "version": __version__, "order": order_law(workdir), "images": dict(images)}

@@ -407,7 +407,8 @@ class Experiment:
   def claim(self, free: tuple[str, ...] = config_lib.FREE, images: source.Source | None = None) -> None:
     """Writes `workdir/config.json`, or checks that it holds this very run on these images; see `config.claim`."""
     known = {"examples": images.num_examples, "sha256": images.fingerprint()} if images else {}
-    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked, known)
+    allowed = self.config.data.allow_changed
+    config_lib.claim(self.workdir, self.config.to_dict(), self.job, free, self.asked, known, allow_changed=allowed)
 
   # The checkpoint that the run starts from.
 

@@ -187,6 +187,12 @@ TREE: dict[str, Any] = {
     "knn_neighbours": Key(20, "all where there are fewer images", COUNT, is_free=True),
     "pairs": Key(512, "of views, for alignment, uniformity and effective rank; 0: none of these", WHOLE, is_free=True),
   },
+  "baselines": {
+    "train_images": Key(
+      5000, "labelled images, at most, that pixels and others learn from; 0: no baselines", WHOLE, is_free=True
+    ),
+    "held_out_images": Key(2000, "images, at most, that they are counted on", COUNT, is_free=True),
+  },
   "checkpoint_every_epochs": Key(1.0, "interval of checkpoints", AMOUNT, is_free=True),
   "checkpoint_every_steps": Key(0, "above 0: in place of checkpoint_every_epochs", WHOLE, is_free=True),
   "checkpoint_every_seconds": Key(0.0, "above 0: also so long after the latest one", AMOUNT, is_free=True),

@@ -39,6 +39,7 @@ TINY = [
   # What these measure has tests of its own, and takes long to compile.
   "--config.monitor.knn_images=0",
   "--config.monitor.pairs=0",
+  "--config.baselines.train_images=0",
 ]
 
 

@@ -80,6 +80,7 @@ def evaluate(monkeypatch, tmp_path):
     monkeypatch.setattr(classifier, "store", lambda *parts: passes.append(parts[-2]["kernel"].shape))
     keys = {
       **{"linear_eval.protocol": "features", "checkpoint": "random", "probes.batch_size": 32, "probes.epochs": 40},
+      "baselines.train_images": 0,
       **dict(override.split("=") for override in overrides),
     }
     result = linear_eval.run(config_lib.load("cifar10", keys), str(tmp_path))

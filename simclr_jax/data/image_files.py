@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 from simclr_jax import errors
-from simclr_jax.data import arrays, decode, folder, pictures
+from simclr_jax.data import arrays, decode, layout, pictures
 
 WILDCARDS = "*?["
 
@@ -22,7 +22,7 @@ def found(where: str) -> tuple[str, list[str]]:
   """
   if tf.io.gfile.isdir(where):
     paths = [
-      os.path.normpath(os.path.join(below, name)) for below, names in folder.files_under(where) for name in names
+      os.path.normpath(os.path.join(below, name)) for below, names in layout.files_under(where) for name in names
     ]
     hidden = lambda path: any(part.startswith(".") for part in path.split("/"))
     paths = [path for path in paths if path.lower().endswith(pictures.ENDINGS) and not hidden(path)]

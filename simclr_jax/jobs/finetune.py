@@ -17,7 +17,7 @@ Encoder and a fresh classifier learn, BatchNorm included (v1 appendix B.5, v2 se
 
 import ml_collections
 
-from simclr_jax import classifier, errors, experiment
+from simclr_jax import classifier, comparison, errors, experiment
 
 
 def run(
@@ -34,7 +34,10 @@ def run(
       + "."
     )
   train = this.labelled
+  judge = comparison.regression_judge(this, train.num_classes)
   task = classifier.Task(
-    *(train, this.held_out, train.num_classes, layer, after_stage), about={"layer": layer, "after_block": after_stage}
+    *(train, this.held_out, train.num_classes, layer, after_stage),
+    about={"layer": layer, "after_block": after_stage},
+    compare=lambda *own: comparison.of_result(this, train, this.held_out, judge, classifier=own),
   )
   return classifier.train(this, task, profile_steps=profile_steps)

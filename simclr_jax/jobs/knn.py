@@ -14,9 +14,10 @@ import time
 from typing import Any
 
 import ml_collections
+import numpy as np
 
-from simclr_jax import experiment, inference, numbers
-from simclr_jax.evaluation import features, neighbours
+from simclr_jax import comparison, experiment, inference, numbers
+from simclr_jax.evaluation import baselines, features, neighbours
 from simclr_jax.training import telemetry
 
 
@@ -39,8 +40,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   options = {"neighbours": ks, "temperatures": temperatures, "classes": train.num_classes, "mesh": this.mesh}
   table = neighbours.accuracies(known, test, **options)
   seconds["knn"] = time.monotonic() - begin
+  counted = int(np.sum(test.label >= 0))
   result = {
     **{f"eval/knn_{name}": table[0][name] for name in ("top1", "balanced_top1", "top5") if name in table[0]},
+    "eval/top1_interval": baselines.interval(table[0]["top1"], counted),
     "eval/examples": held_out.num_examples,
     "train/examples": train.num_examples,
     "neighbours": ks,
@@ -51,7 +54,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     "checkpoint": config.checkpoint,
     "layer": frozen.layer,
   }
-  telemetry.log.info("%s\n%s", report(result), telemetry.write_result(workdir, result))
+  telemetry.log.info("%s", report(result))
+  judge = comparison.neighbours_judge(this, train.num_classes, ks[0], temperatures[0])
+  result |= comparison.of_result(this, train, held_out, judge, encoder=(frozen.encode, frozen.variables))
+  telemetry.log.info("%s", telemetry.write_result(workdir, result))
   return result
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from simclr_jax import classifier, errors, experiment, inference, numbers
+from simclr_jax import classifier, comparison, errors, experiment, inference, numbers
 from simclr_jax.data import order
-from simclr_jax.evaluation import features, probes, scores, selection
+from simclr_jax.evaluation import baselines, features, probes, scores, selection
 from simclr_jax.hardware import sharding
 from simclr_jax.training import telemetry
 
@@ -54,8 +54,21 @@ def run(
     after_stage=len(this.network.encoder().stages) - 1,
     frozen_head=True,
     about={"layer": layer},
+    compare=lambda *own: _compared(this, *own),
   )
   return classifier.train(this, task, profile_steps=profile_steps)
+
+
+def _compared(
+  this: experiment.Experiment, top1: float, examples: int, frozen: inference.Representation | None = None
+) -> dict[str, Any]:
+  """Returns what a result of so many held-out images is worth, see `comparison.of_result`."""
+  if not this.config.baselines.train_images:
+    return {}
+  frozen = frozen or inference.representation(this)
+  judge = comparison.regression_judge(this, this.train.num_classes)
+  options = {"encoder": (frozen.encode, frozen.variables), "classifier": (top1, examples)}
+  return comparison.of_result(this, this.labelled, this.held_out, judge, **options)
 
 
 def _stored(this: experiment.Experiment) -> dict[str, Any]:
@@ -73,6 +86,7 @@ def _stored(this: experiment.Experiment) -> dict[str, Any]:
   this.claim()
   counted = scores.accuracy(stored.logits_of, stored.variables, this.rows(held_out)(), this.mesh)
   result = {f"eval/{name}": value for name, value in counted.items()}
+  result["eval/top1_interval"] = baselines.interval(counted["top1"], counted["examples"])
   result |= {"layer": saved.classifier_layer, "protocol": "stored", "checkpoint": path}
   telemetry.write_result(this.workdir, result)
   telemetry.log.info(
@@ -126,6 +140,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   result = {
     **_counted("eval/", by_grid),
     **_counted("eval/lbfgs_", by_path),
+    "eval/top1_interval": baselines.interval(by_grid.top1, len(test.label)),
     "learning_rate": by_grid.learning_rate,
     "weight_decay": by_grid.weight_decay,
     "l2_strength": by_path.l2_strength,
@@ -141,7 +156,9 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
     "stored_classifier": stored,
     "checkpoint": config.checkpoint,
   }
-  telemetry.log.info("%s\n%s", report(result), telemetry.write_result(this.workdir, result))
+  telemetry.log.info("%s", report(result))
+  result |= _compared(this, by_grid.top1, len(test.label), frozen)
+  telemetry.log.info("%s", telemetry.write_result(this.workdir, result))
   return result
 
 

@@ -17,9 +17,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from simclr_jax import errors, experiment, figures
+from simclr_jax import comparison, errors, experiment, figures
 from simclr_jax.data import inputs, profile
-from simclr_jax.evaluation import monitor
+from simclr_jax.evaluation import baselines, monitor
 from simclr_jax.hardware import sharding
 from simclr_jax.models import simclr
 from simclr_jax.training import loop, telemetry
@@ -68,9 +68,10 @@ def run(
     *(f"{state_lib.count(state.params['encoder']):,}", this.hardware),
   )
   step_fn = images.jit(this.step(objective, optimizer), state)
-  _, result = loop.train(state, step_fn, images, settings)
+  state, result = loop.train(state, step_fn, images, settings)
   if config.checkpoint:
     result = {**result, "checkpoint": config.checkpoint}
+  result = {**result, **_compared(this, state, result)}
   telemetry.write_result(workdir, result)
   if draw:
     _draw(workdir, views)
@@ -101,6 +102,28 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
     return {f"eval/{name}": value for part in parts for name, value in part(state.variables).items()}
 
   return evaluate if parts else None
+
+
+def _compared(this: experiment.Experiment, state: state_lib.TrainState, result: dict[str, float]) -> dict[str, Any]:
+  """Returns what the encoder is worth beside baselines, by nearest neighbours; see `comparison.of_result`."""
+  config, found = this.config, {}
+  if not this.classes:
+    telemetry.log.info("pretrain: these images have no labels, so nothing says here what the encoder is worth.")
+    return found
+  if not config.data.eval_split or not this.held_out.num_classes:
+    telemetry.log.info("pretrain: no held-out image has a label, so nothing says here what the encoder is worth.")
+    return found
+  if "eval/knn_top1" in result:
+    examples = int(result.get("eval/online_examples", this.held_out.num_examples))
+    found["eval/top1_interval"] = baselines.interval(result["eval/knn_top1"], examples)
+  judge = comparison.neighbours_judge(this, this.classes, config.monitor.knn_neighbours, monitor.KNN_TEMPERATURE)
+  model = simclr.Representation(this.network.encoder())
+
+  def encode(variables, images):
+    return model.apply({**variables, "params": this.gather_params(variables["params"])}, images, train=False)
+
+  own = {kind: {k: v for k, v in tree.items() if k == "encoder"} for kind, tree in state.variables.items()}
+  return {**found, **comparison.of_result(this, this.train, this.held_out, judge, encoder=(encode, own))}
 
 
 def _views_of(this: experiment.Experiment, images: inputs.Input) -> Views:

@@ -81,6 +81,7 @@ class Grid:
     """Returns the configs of a cell's two runs: pretraining and evaluation."""
     pretraining = self._config.copy_and_resolve_references()
     pretraining.update_from_flattened_dict(self._study.overrides(*labels, self._base))
+    pretraining.baselines.train_images = 0  # A study compares its cells.
     evaluating = pretraining.copy_and_resolve_references()
     evaluating.update_from_flattened_dict(EVALUATIONS[self._evaluation].overrides)
     evaluating.checkpoint = self.folders(labels)[0]

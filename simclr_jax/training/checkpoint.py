@@ -167,6 +167,8 @@ def open(path: str) -> Saved:
   root = epath.Path(files.absolute(path))  # Orbax refuses relative paths.
   if not root.exists():
     raise errors.UserError(f"checkpoint {path} does not exist; give a run's workdir or one of its checkpoints.")
+  if not root.is_dir():
+    raise errors.UserError(f"checkpoint {path} is a file; give a run's workdir or one of its checkpoints/STEP folders.")
   folder = root / "checkpoints" if (root / "checkpoints").exists() else root
   steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
   step = folder / str(steps[-1]) if steps else folder

@@ -1,0 +1,68 @@
+"""Mistakes in paths, found before the slow imports: of the data and the workdir. Imports neither JAX nor TensorFlow."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from simclr_jax import errors
+from simclr_jax.data import layout, parts
+
+# These read other images than `data.dir`, or none.
+OTHER_IMAGES = ("transfer", "plan", "study")
+
+
+def check(job: str, config: Any, workdir: str) -> None:
+  """Raises a UserError where the images that a config names are not there, or the workdir cannot be written.
+
+  `config` is a ConfigDict, or None for jobs without one; `workdir` is "" for none. Object stores (gs://) are not asked.
+  """
+  if config is not None and job not in OTHER_IMAGES and not (job == "predict" and config.predict.images):
+    _check_data(job, config.data, config.embed.split if job == "embed" else "")
+  if workdir and "://" not in workdir:
+    _check_workdir(workdir)
+
+
+def _check_data(job, data, only):
+  path = data.dir
+  if "://" in path or data.source == "shapes":
+    return
+  if data.source == "folder":
+    if not path:
+      raise errors.UserError(f"{job} has no images; give the folder that holds them: --config.data.dir=FOLDER.")
+    with _silent():
+      split = lambda text: layout.split_of(path, parts.named(text)[0])
+      if only and only != parts.HELD_OUT:
+        split(only)
+      # Without labels nothing is counted on held-out images.
+      elif split(data.train_split)[2] and not only and data.eval_split and not data.holdout:
+        split(data.eval_split)
+  elif data.source == "arrays" and not os.path.isfile(path):
+    raise errors.UserError(f'no file "{path}"; give an .npz file of images: --config.data.dir=FILE.npz.')
+  elif data.source == "tfds" and path and not os.path.isdir(path):
+    raise errors.UserError(
+      f'no folder "{path}"; set --config.data.dir to the folder that holds the TFDS data sets, or leave it out for '
+      "TFDS's own."
+    )
+
+
+def _check_workdir(workdir):
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    what = "is a file" if os.path.isfile(workdir) else f"cannot be written ({error.strerror})"
+    raise errors.UserError(f"workdir {workdir} {what}; give --workdir=DIR, a folder of your own.") from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+  """The folder is read once more when the images are opened, and says then what there is to say."""
+  refuse = lambda record: False
+  layout.log.addFilter(refuse)
+  try:
+    yield
+  finally:
+    layout.log.removeFilter(refuse)
