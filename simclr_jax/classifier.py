@@ -49,7 +49,8 @@ def train(run: experiment.Experiment, task: Task, *, profile_steps: tuple[int, i
   run.fit_batch(examples)
   optimizer, images = run.optimizer(examples), run.singles(task.train)
   constants = task.constants()
-  objective = task.objective(model, run.decay, images.prepare)
+  weights = run.class_weights(task.train)
+  objective = task.objective(model, run.decay, images.prepare, **({"class_weights": weights} if weights else {}))
   params, batch_stats = run.variables(model)
   if saved:
     loaded = [{k: v for k, v in tree.items() if k != "linear_head"} for tree in (params, batch_stats)]

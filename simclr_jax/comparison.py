@@ -1,5 +1,6 @@
 """A job's result beside chance, raw pixels, colours and an untrained encoder: the table and the verdict at its end."""
 
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,10 @@ def of_result(
   subject = "the encoder" if encoder else "the classifier"
   is_trained = run.is_pretrained or run.job in ("pretrain", "finetune")
   verdict = baselines.verdict(subject, own, found, is_trained=is_trained)
-  telemetry.log.info("%s\n%s: %s", _table(run, judge, found, classifier, known, held_out, parts), run.job, verdict)
+  if encoder and classifier:
+    verdict += baselines.shortfall(run.job, baselines.score(*classifier), own)
+  sentence = textwrap.fill(f"{run.job}: {verdict}", 80)
+  telemetry.log.info("%s\n%s", _table(run, judge, found, classifier, known, held_out, parts), sentence)
   entries = {name: {"top1": own.top1, "interval": [own.low, own.high]} for name, own in found.items()}
   return {"baselines": entries, "verdict": verdict}
 

@@ -17,7 +17,7 @@ from etils import epath
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, network, optim
-from simclr_jax.data import inputs, measure, order, parts, pictures, source, sources, subset
+from simclr_jax.data import balanced, inputs, measure, order, parts, pictures, source, sources, subset
 from simclr_jax.data.distortion import Distortion
 from simclr_jax.hardware import sharding
 from simclr_jax.losses import negatives
@@ -244,8 +244,24 @@ class Experiment:
     return inputs.pair_augmentation(distortion, self._plan(), self.config.augment.compose)[1]
 
   def singles(self, images: source.Source) -> inputs.Input:
-    """Returns the input of supervised training: one random crop of each image."""
-    return inputs.singles(images, self._distortion(self.recipe.min_area, 1.0), self._plan(), self.mesh)
+    """Returns the input of supervised training: one random crop of each image, classes as the recipe's `sampling`."""
+    positions, distortion = None, self._distortion(self.recipe.min_area, 1.0)
+    if self.recipe.get("sampling", "uniform") == "balanced":
+      positions = balanced.Balanced(images.labels(), self.recipe.batch_size, self.config.seed).at
+    return inputs.singles(images, distortion, self._plan(), self.mesh, positions=positions)
+
+  def class_weights(self, images: source.Source) -> tuple[float, ...]:
+    """Returns the weight of each class in the loss, empty where the recipe's `class_weights` is none.
+
+    It is n / (k n_c) of n images, n_c of the class, and k classes that have any; scikit-learn's `balanced`.
+    """
+    if self.recipe.get("class_weights", "none") == "none":
+      return ()
+    if self.recipe.get("sampling", "uniform") == "balanced":
+      raise errors.UserError(
+        f"config.{self._section}class_weights and sampling are both balanced, which counts rare classes twice; use one."
+      )
+    return balanced.weights(images.labels(), images.num_classes)
 
   def _plan(self, batch_size: int = 0) -> inputs.Plan:
     data = self.config.data

@@ -75,6 +75,12 @@ def _recipe(optimizer: dict[str, Key], batch_size: int, total_epochs: float) -> 
   }
 
 
+# Where classes have very different numbers of images.
+_RARE = {
+  "class_weights": Key("none", "balanced: n / (k n_c) in the loss, n_c of a class", choices=("none", "balanced")),
+  "sampling": Key("uniform", "balanced: every class comes as often as the others", choices=("uniform", "balanced")),
+}
+
 _PRECISIONS = tuple(encoders.DTYPES)
 
 # Every key by its sections.
@@ -201,6 +207,7 @@ TREE: dict[str, Any] = {
   "linear_eval": {
     # v1 appendix B.6.
     **_recipe(_optimizer("momentum", 0.1, 0.0, 0.0), 512, 100.0),
+    **_RARE,
     "protocol": Key(
       "reference",
       "reference (v1 appendix B.6), features (one pass, then many classifiers) or stored (count with"
@@ -222,6 +229,7 @@ TREE: dict[str, Any] = {
   "finetune": {
     # v1 appendix B.5; without a checkpoint the supervised baseline.
     **_recipe(_optimizer("momentum", 0.05, 0.0, 0.0), 512, 60.0),
+    **_RARE,
     "after_block": Key(-1, "what learns: -1 all, 0 what follows the stem, 1 to 4 what follows that block group", LAYER),
   },
   "distill": {

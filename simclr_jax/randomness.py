@@ -15,6 +15,8 @@ NumPy's generators take lists, whose missing numbers are zeros:
   a sample of a split             seed, 0, 0, SAMPLE
   images held back for a choice   seed, 0, 0, HELD_BACK
   images held out of a split      data.holdout_seed, 0, 0, HOLDOUT
+  balanced sampling, in a class   seed, pass over the class, class, BALANCED
+  balanced sampling, the classes  seed, block of turns, 0, TURNS
 """
 
 import jax
@@ -29,7 +31,7 @@ FORMER_ORDER = np.uint32(1)
 
 CROP, COLORS, COMPOSED = 0, 1, 2
 
-SAMPLE, HELD_BACK, HOLDOUT = 1, 2, 3
+SAMPLE, HELD_BACK, HOLDOUT, BALANCED, TURNS = 1, 2, 3, 4, 5
 
 
 def key(seed: int) -> jax.Array:
@@ -37,6 +39,6 @@ def key(seed: int) -> jax.Array:
   return jax.random.key(seed, impl=GENERATOR)
 
 
-def host(seed: int, purpose: int) -> np.random.Generator:
-  """Returns the host's generator for SAMPLE, HELD_BACK or HOLDOUT."""
-  return np.random.default_rng([seed, 0, 0, purpose])
+def host(seed: int, purpose: int, first: int = 0, second: int = 0) -> np.random.Generator:
+  """Returns the host's generator for a purpose from SAMPLE on, with the two numbers of the table."""
+  return np.random.default_rng([seed, first, second, purpose])

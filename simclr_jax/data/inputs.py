@@ -122,6 +122,36 @@ class Resident:
     return lambda: (batch_of(self.dataset, np.int32(step)) for step in range(count))
 
 
+@dataclasses.dataclass(frozen=True)
+class Listed(Resident):
+  """As `Resident`, of examples that the host names: they are sent with each dispatch."""
+
+  positions: Callable[[int], tuple[np.ndarray, np.ndarray]]  # see `pipeline.Positions`
+
+  @contextlib.contextmanager
+  def feeding(self, done: int, *constants: Any) -> Iterator[Callable[[int], tuple[Any, ...]]]:
+    """Yields (steps of the next dispatch) -> its arguments, from step `done` on."""
+    place = lambda x: jax.device_put(x, sharding.replicated(self.mesh))
+    begin = done
+
+    def arguments(count):
+      nonlocal begin
+      # Every dispatch has the same shapes; its unused steps repeat the last one.
+      steps = [begin + min(number, count - 1) for number in range(self.steps_per_dispatch)]
+      index, epoch = np.stack([self.positions(step) for step in steps], axis=1)
+      listed = {"index": place(index), "epoch": place(epoch), "first": place(np.int32(begin))}
+      begin += count
+      return {**self.dataset, "listed": listed}, place(np.int32(count)), *constants
+
+    yield arguments
+
+
+def _listed_batch(dataset, step, *, mesh):
+  listed = dataset["listed"]
+  row = step.astype(jnp.int32) - listed["first"]
+  return resident.gathered(dataset, (listed["index"][row], listed["epoch"][row]), mesh)
+
+
 Input = Streamed | Resident
 
 
@@ -158,12 +188,23 @@ def pairs(
   return dataclasses.replace(found, dataset={**found.dataset, "operations": operations}, batch_of=batch_of)
 
 
-def singles(images: source.Source, distortion: distortions.Distortion, plan: Plan, mesh: jax.sharding.Mesh) -> Input:
-  """Returns one random crop, mirrored or not, of each image, as supervised training sees it; arguments as `pairs`."""
+def singles(
+  images: source.Source,
+  distortion: distortions.Distortion,
+  plan: Plan,
+  mesh: jax.sharding.Mesh,
+  *,
+  positions: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Input:
+  """Returns one random crop, mirrored or not, of each image, as supervised training sees it; arguments as `pairs`.
+
+  `positions` (see `pipeline.Positions`) takes the place of the plan's order.
+  """
   if not plan.resident:
-    return _input(images, plan, mesh, _single_on_host(distortion, plan.place), lambda batch: batch)
+    transform = _single_on_host(distortion, plan.place)
+    return _input(images, plan, mesh, transform, lambda batch: batch, positions)
   view = lambda batch: device_augment.train_view(batch["image"], _keys(plan, batch), distortion)
-  return _input(images, plan, mesh, None, lambda batch: {**batch, "image": view(batch)})
+  return _input(images, plan, mesh, None, lambda batch: {**batch, "image": view(batch)}, positions)
 
 
 def pair_augmentation(
@@ -218,7 +259,7 @@ def transfer_pass(images: source.Source, size: int, *, batch_size: int) -> Itera
   return _pipeline().evaluation_batches(images, view, batch_size=batch_size, process=_process())
 
 
-def _input(images, plan, mesh, transform, prepare) -> Input:
+def _input(images, plan, mesh, transform, prepare, positions=None) -> Input:
   batch_size = plan.order.batch_size
   if images.num_examples < batch_size:
     raise errors.UserError(
@@ -226,10 +267,14 @@ def _input(images, plan, mesh, transform, prepare) -> Input:
       "smaller one."
     )
   plan.order.check(images, jax.process_count())
+  if plan.resident and positions:
+    batch_of = functools.partial(_listed_batch, mesh=mesh)
+    return Listed(mesh, prepare, resident.on_devices(images, mesh), batch_of, plan.steps_per_dispatch, positions)
   if plan.resident:
     batch_of = functools.partial(resident.batch, order=plan.order, mesh=mesh)
     return Resident(mesh, prepare, resident.on_devices(images, mesh), batch_of, plan.steps_per_dispatch)
-  batches = lambda step: _pipeline().train_batches(images, transform, plan.order, start_step=step, process=_process())
+  options = {"process": _process(), "positions": positions}
+  batches = lambda step: _pipeline().train_batches(images, transform, plan.order, start_step=step, **options)
   return Streamed(mesh, prepare, batches)
 
 

@@ -1,11 +1,13 @@
 """The host's input pipeline (tf.data): batches that depend on seed and step alone, whatever the number of hosts."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
+from simclr_jax import errors
 from simclr_jax.data import allocator, stored
 from simclr_jax.data import order as order_lib
 from simclr_jax.data import source as source_lib
@@ -18,6 +20,9 @@ NO_CONVERSION = tf.autograph.experimental.do_not_convert
 # encoded bytes, the seed a function of (seed of the run, epoch, example).
 Transform = Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
 
+# Step -> the examples of the global batch after the first `step` ones, and their epochs, i32[batch_size] each.
+Positions = Callable[[int], tuple[np.ndarray, np.ndarray]]
+
 
 def train_batches(
   source: source_lib.Source,
@@ -27,12 +32,14 @@ def train_batches(
   start_step: int = 0,
   process: order_lib.Process = order_lib.ALONE,
   threads: int = 0,
+  positions: Positions | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns this host's rows of the global batches without end, after the first `start_step` ones.
 
   Each shard (a consecutive part of the data) has an endless stream of its own, epoch after epoch, every example once
   an epoch, and gives batch_size / shards rows to every batch: shard p fills the p-th block of the global batch. A host
-  reads consecutive shards. `threads` transform examples at the same time; 0 takes one for each processor.
+  reads consecutive shards. `threads` transform examples at the same time; 0 takes one for each processor. `positions`
+  takes the place of that order; the examples have to be in memory.
 
   Yields:
     what `transform` returns, stacked, and i32[n] each: `label` (-1 without one), `index`, the position in the split,
@@ -45,7 +52,16 @@ def train_batches(
   first, end = (order.shards * host // process.count for host in (process.index, process.index + 1))
   shards = [((order.seed, shard), bounds[shard], bounds[shard + 1]) for shard in range(first, end)]
   position = count * start_step
-  if source.examples is None:
+  if positions:
+    if source.examples is None:
+      raise errors.UserError(
+        f"{source.name} is streamed from files, and balanced sampling wants images in memory; set data.cache=true."
+      )
+    own = slice(count * first, count * end)
+    blocks = lambda: (tuple(column[own] for column in positions(step)) for step in itertools.count(start_step))
+    column = tf.TensorSpec([None], tf.int32)
+    rows = tf.data.Dataset.from_generator(blocks, output_signature=(column, column))
+  elif source.examples is None:
     plans = [
       _epoch_plans(stored.pieces_between(source.pieces, low, high), low, key, position, order.shuffle_window)
       for key, low, high in shards

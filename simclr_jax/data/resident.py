@@ -28,7 +28,13 @@ def batch(
 
   `image` u8[batch_size, H, W, 3], `label`, `index` and `epoch` i32[batch_size].
   """
-  position = positions(step, examples=len(dataset["image"]), order=order)
+  return gathered(dataset, positions(step, examples=len(dataset["image"]), order=order), mesh)
+
+
+def gathered(
+  dataset: dict[str, jax.Array], position: tuple[jax.Array, jax.Array], mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
+  """Returns what `batch` does of examples and their epochs, i32[batch_size] each."""
   index, epoch = jax.lax.with_sharding_constraint(position, sharding.batched(mesh))
   rows = {"image": dataset["image"][index], "label": dataset["label"][index], "index": index, "epoch": epoch}
   return jax.lax.with_sharding_constraint(rows, sharding.batched(mesh))

@@ -113,8 +113,15 @@ def verdict(subject: str, own: Score, others: Mapping[str, Score], *, is_trained
     *first, last = [NAMED[name] for name in rivals]
     return f"{subject} is better than {', '.join(first)} and {last}: the intervals do not overlap."
   if own.high < rivals[best].low:
-    return f"{subject} is worse than {NAMED[best]}: {MEANT[best]}; {ADVICE}"
+    return f"{subject} is worse than {NAMED[best]}: these are a better start; {ADVICE}"
   return f"{subject} is no better than {NAMED[best]}, as the intervals overlap: {MEANT[best]}; {ADVICE}"
+
+
+def shortfall(job: str, own: Score, encoder: Score) -> str:
+  """Returns " ..." about a job's classifier below a quick regression on the same encoder (rule 7), or ""."""
+  if own.high >= encoder.low:
+    return ""
+  return f" {job}'s classifier is below a quick regression on the same features: raise its epochs or learning rate."
 
 
 def table(rows: Mapping[str, Score], title: str) -> str:

@@ -9,6 +9,9 @@ Encoder and a fresh classifier learn, BatchNorm included (v1 appendix B.5, v2 se
   --config.head.finetune_from=1     puts the classifier on the projection head's first layer, which learns too (v2)
   --config.finetune.after_block=2   freezes stem and block groups 1 and 2, BatchNorm included; 4 leaves the classifier
                                     (and the projection head's layers below it)
+  --config.finetune.sampling=balanced
+                                    shows every class equally often, where some have few images;
+                                    --config.finetune.class_weights=balanced weighs the loss instead
   --config.finetune.micro_batches=4 takes a batch that does not fit in four parts, one after the other
 """
 

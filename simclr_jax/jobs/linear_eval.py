@@ -4,8 +4,9 @@ The reference's protocol (v1 appendix B.6): the encoder runs in inference mode a
 flipped, the classifier learns with Nesterov momentum and a cosine rate. Needs --workdir and
 --config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised, the number to
 beat). Without --config the run's own is used. --config.head.evaluate_from=-1 reads the projection head's output instead
-of the encoder's. --config.labels.fraction=0.1 learns from a tenth of the labels. Writes `result.json`, and a
-checkpoint with encoder and classifier.
+of the encoder's. --config.labels.fraction=0.1 learns from a tenth of the labels. Where some classes have few images,
+--config.linear_eval.sampling=balanced shows all equally often, and --config.linear_eval.class_weights=balanced weighs
+the loss. Writes `result.json`, and a checkpoint with encoder and classifier.
 
 --config.linear_eval.protocol=features takes one pass over the images and trains many classifiers at once: a grid of
 learning rates and weight decays, and a path of L2 strengths. A held-back part of the training images chooses one of
@@ -40,6 +41,9 @@ def run(
     )
   protocol = config.linear_eval.protocol
   this = experiment.Experiment(config, "linear_eval", workdir)
+  for key in ("class_weights", "sampling"):
+    if protocol != "reference" and config.linear_eval[key] == "balanced":
+      raise errors.UserError(f"config.linear_eval.{key}=balanced is for linear_eval.protocol=reference; leave it out.")
   if protocol != "reference":
     if profile_steps:
       raise errors.UserError(f"--profile_steps is for linear_eval.protocol reference; {protocol} trains no network.")
@@ -50,15 +54,18 @@ def run(
     after_stage=len(this.network.encoder().stages) - 1,
     frozen_head=True,
     about={"layer": layer},
-    compare=lambda top1, examples: _compared(this, inference.representation(this), top1, examples),
+    compare=lambda *own: _compared(this, *own),
   )
   return classifier.train(this, task, profile_steps=profile_steps)
 
 
 def _compared(
-  this: experiment.Experiment, frozen: inference.Representation, top1: float, examples: int
+  this: experiment.Experiment, top1: float, examples: int, frozen: inference.Representation | None = None
 ) -> dict[str, Any]:
   """Returns what a result of so many held-out images is worth, see `comparison.of_result`."""
+  if not this.config.baselines.train_images:
+    return {}
+  frozen = frozen or inference.representation(this)
   judge = comparison.regression_judge(this, this.train.num_classes)
   options = {"encoder": (frozen.encode, frozen.variables), "classifier": (top1, examples)}
   return comparison.of_result(this, this.labelled, this.held_out, judge, **options)
@@ -150,7 +157,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
     "checkpoint": config.checkpoint,
   }
   telemetry.log.info("%s", report(result))
-  result |= _compared(this, frozen, by_grid.top1, len(test.label))
+  result |= _compared(this, by_grid.top1, len(test.label), frozen)
   telemetry.log.info("%s", telemetry.write_result(this.workdir, result))
   return result
 

@@ -158,6 +158,7 @@ class Classification(Objective):
   `prepare` gives `image` f32[n, H, W, 3] in [0, 1] or u8. What the model freezes keeps its bits.
   """
 
+  class_weights: tuple[float, ...] = ()  # Of each class in the loss; empty for equal ones.
   shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/accuracy": "accuracy"}
 
   def trained(self, params: Params) -> Params:
@@ -173,8 +174,12 @@ class Classification(Objective):
     return Output(None, loss, metrics, updates.get("batch_stats", {}))
 
   def loss(self, logits: jax.Array, rows: Batch, totals: Any, parts: int) -> tuple[jax.Array, Metrics]:
-    """Returns the mean cross-entropy of logits f[n, K] and `label`, with the metrics `loss` and `accuracy`."""
+    """Returns the mean, weighted cross-entropy of logits f[n, K] and `label`; metrics `loss` and `accuracy`."""
     loss, accuracy = _of_labelled(logits, rows["label"], totals, parts)
+    if self.class_weights:
+      weights = jnp.asarray(self.class_weights, logits.dtype)
+      total = losses.weighted_cross_entropy(logits, rows["label"], weights)
+      loss = parts * total / jnp.maximum(totals, 1).astype(total.dtype)
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
