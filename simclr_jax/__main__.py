@@ -34,7 +34,7 @@ USAGE = """\
   --coordinator=HOST:PORT --processes=N --process=I
                             one of N processes of a run; on a TPU pod or under Slurm, --processes=auto finds all three
 
-Exit codes: 0 done, 2 a mistake in the input, 143 stopped by SIGTERM with the state saved, 1 a bug."""
+Exit codes: 0 done, 2 a mistake in the input, 143 stopped by SIGTERM and 130 by Ctrl-C with the state saved, 1 a bug."""
 
 
 class Option(NamedTuple):
@@ -137,6 +137,7 @@ def main(argv: list[str]) -> int:
     print(f"simclr_jax: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
+    print("simclr_jax: interrupted; the same command starts again.", file=sys.stderr)
     return 130
   except BrokenPipeError:
     # The reader has closed the pipe, as `--help | head` does; Python would complain once more when it flushes.

@@ -20,7 +20,7 @@ from simclr_jax import __main__ as command
 from simclr_jax import config as config_lib
 from simclr_jax import errors
 from simclr_jax.data import profile
-from simclr_jax.training import checkpoint, loop, telemetry
+from simclr_jax.training import checkpoint, interruption, telemetry
 
 OLD = pathlib.Path(__file__).parent / "old" / "0.1.0"
 
@@ -297,7 +297,7 @@ def test_a_killed_and_a_terminated_run_continue_bit_for_bit(tmp_path, monkeypatc
   write = telemetry.Telemetry.write
   with monkeypatch.context() as patched:
     patched.setattr(telemetry.Telemetry, "write", lambda *row: (write(*row), terminate_at(reached + 6, row[1])))
-    with pytest.raises(loop.Preempted) as terminated:
+    with pytest.raises(interruption.Preempted) as terminated:
       job("pretrain", broken, *settings)
     assert terminated.value.code == 143
   stopped = max(training_rows(broken))

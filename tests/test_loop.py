@@ -2,6 +2,10 @@
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import ROOT
 
 from simclr_jax import errors
 from simclr_jax.data import inputs, prefetch
@@ -204,7 +209,8 @@ def test_two_batches_wait_on_the_devices():
 
 @pytest.mark.devices(4)
 def test_model_flops_and_waits_are_reported_over_the_chips_peak(tmp_path, monkeypatch):
-  monkeypatch.setattr(telemetry.time, "monotonic", iter([0.0, 10.0, 12.0, 14.0, 15.0, 20.0, 24.0, 24.0]).__next__)
+  clock = iter([0.0, 10.0, 12.0, 14.0, 15.0, 20.0, 24.0, 30.0, 31.0, 36.0])
+  monkeypatch.setattr(telemetry.time, "monotonic", clock.__next__)
   monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip("test", 1, 1e9, 1, "", devices=2))
   meter = telemetry.Meter(64, 4e9, tuple(jax.devices()[:4]))
   with telemetry.Telemetry(str(tmp_path), total_steps=9, start_step=0, meter=meter, title="test") as out:
@@ -212,9 +218,15 @@ def test_model_flops_and_waits_are_reported_over_the_chips_peak(tmp_path, monkey
       pass  # 10 to 12
     with out.waiting_for("checkpoint"):
       pass  # 14 to 15
-    with out.waiting_for("aside"):
-      pass  # 20 to 24
-    speed = out.speed(10)  # at 24: 20 seconds of training
+    out.tick(10)
+    with out.aside():
+      pass  # From 20 on.
+    speed = out.speed(10)  # At 24, of 20 seconds of training.
+    # The batches that were ready when the evaluation ended say nothing about the input.
+    out.tick(telemetry.READY)  # at 30
+    unknown = out.speed(12)  # at 31
+    out.tick(6)
+    later = out.speed(20)  # At 36: 6 steps since 30.
   assert speed == {
     "speed/images_per_second": 32.0,
     "speed/data_wait_share": 0.1,
@@ -222,3 +234,35 @@ def test_model_flops_and_waits_are_reported_over_the_chips_peak(tmp_path, monkey
     "speed/model_tflop_per_second": 2e-3,
     "speed/mfu": 1.0,
   }
+  assert unknown == {}
+  assert later["speed/images_per_second"] == 64.0
+
+
+def test_the_first_ctrl_c_saves_and_the_second_leaves_at_once(tmp_path):
+  # The thread that answers is not stopped by the main one, which waits as if it compiled.
+  program = """
+import signal, sys, time
+from simclr_jax.training import interruption
+with interruption.notice() as stop_after:
+  print("ready", flush=True)
+  end = time.monotonic() + 60
+  while not stop_after(1) and time.monotonic() < end:
+    time.sleep(0.01)
+  print(stop_after(1).name, flush=True)
+  time.sleep(60)
+"""
+  child = subprocess.Popen(
+    [sys.executable, "-c", program],
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert child.stdout.readline() == "ready\n"
+  child.send_signal(signal.SIGINT)
+  assert child.stdout.readline() == "SIGINT\n"
+  child.send_signal(signal.SIGINT)
+  errors_of = child.communicate(timeout=10)[1]
+  assert child.returncode == 130
+  assert "Ctrl-C: the run stops after this step and saves; press it again to leave at once." in errors_of
+  assert "Ctrl-C again: leaving without saving." in errors_of

@@ -15,7 +15,7 @@ from simclr_jax import config as config_lib
 from simclr_jax import errors, files
 from simclr_jax.jobs import knn, linear_eval, pretrain, study
 from simclr_jax.models import encoders
-from simclr_jax.training import checkpoint, loop, telemetry
+from simclr_jax.training import checkpoint, interruption, telemetry
 
 PROBES = ("epochs=1", "batch_size=16", "lbfgs_steps=5", "lbfgs_tolerance=10.0", "learning_rates=0.1")
 PROBES += ("weight_decays=0.0", "l2_strengths=1e-2")
@@ -181,7 +181,7 @@ def test_the_rest_goes_on_where_a_cell_fails(tmp_path, pretended, capsys):
 def test_sigterm_stops_the_whole_study(tmp_path, pretended):
   pretended["0.2-normalized"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(loop.Preempted) as stopped:
+  with pytest.raises(interruption.Preempted) as stopped:
     run(tmp_path, "temperature", *TEMPERATURES)
   assert stopped.value.code == 143
   assert signal.getsignal(signal.SIGTERM) is before

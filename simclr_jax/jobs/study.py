@@ -40,7 +40,7 @@ from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment
 from simclr_jax.jobs import pretrain
 from simclr_jax.studies import definitions, grid
-from simclr_jax.training import loop, telemetry
+from simclr_jax.training import interruption, telemetry
 
 
 def run(
@@ -161,7 +161,7 @@ def _stopping() -> Iterator[None]:
   """Lets SIGTERM end the study where it is; the loop, which has a handler of its own, saves and passes it on."""
 
   def stop(*_):
-    raise loop.Preempted(loop.PREEMPTED)
+    raise interruption.Preempted(interruption.CODES[signal.SIGTERM])
 
   previous = signal.signal(signal.SIGTERM, stop)
   try:

@@ -4,9 +4,8 @@ import collections
 import contextlib
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from simclr_jax import errors
 from simclr_jax.data import inputs
-from simclr_jax.training import checkpoint, telemetry
+from simclr_jax.training import checkpoint, interruption, telemetry
 from simclr_jax.training import state as state_lib
 
 # Dispatches handed to the device ahead of its work: enough that it never idles, few enough that the waiting batches
@@ -26,15 +25,8 @@ AHEAD = 2
 # Target duration of a dispatch of several steps: long against the host's part of it, short against a SIGTERM's grace.
 DISPATCH_SECONDS = 0.5
 
-# Exit code that a shell reports for a process ended by SIGTERM; a supervisor starts the same command again.
-PREEMPTED = 128 + signal.SIGTERM
-
 Metrics = dict[str, jax.Array]
 Evaluate = Callable[[state_lib.TrainState], dict[str, float]]
-
-
-class Preempted(SystemExit):
-  """SIGTERM arrived, the state is saved; the same command continues the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +70,7 @@ def train(
 
   The arrays of `state`, which is the one before the first step, are donated. `step_fn` comes from `images.jit`;
   `constants` are trees of arrays on the devices that every step takes and none changes. A metric that is not finite is
-  a UserError; after a SIGTERM the state is saved and `Preempted` is raised.
+  a UserError; after SIGTERM or Ctrl-C the state is saved and `interruption.Preempted` is raised.
   """
   state, done = run.checkpoints.restore_latest(state)
   if done:
@@ -102,7 +94,7 @@ def train(
     ) as out,
     contextlib.closing(run.checkpoints),
     contextlib.closing(trace),
-    _termination_notice() as terminated,
+    interruption.notice() as stop_after,
     images.feeding(done, *constants) as arguments,
   ):
     rows, pace = _Rows(out, run), _Pace(images.steps_per_dispatch)
@@ -121,21 +113,22 @@ def train(
       trace.after(done, metrics)
       if run.evaluation_due(done) or last and run.evaluate:
         jax.block_until_ready(metrics)
-        with out.waiting_for("aside"):
+        with out.aside():
           result = run.evaluate(state)
         out.write(done, result)
         if run.watch:
           run.watch(done, result)
-      stop = terminated(done)
+      stop = stop_after(done)
       if last or stop or run.save_due(begin, done):
         rows.flush()  # A row up to a saved step is never lost, whatever happens next.
         jax.block_until_ready(metrics)
         with out.waiting_for("checkpoint"):
           run.checkpoints.save(state, done)
       if stop and not last:
-        telemetry.log.info("SIGTERM: saving step %d; the same command continues from there.", done)
         run.checkpoints.close()
-        raise Preempted(PREEMPTED)
+        line = "%s: saved step %d of %d; the same command continues from there."
+        telemetry.log.info(line, interruption.NAMES[stop], done, run.total_steps)
+        raise interruption.Preempted(interruption.CODES[stop])
   return state, result
 
 
@@ -224,20 +217,3 @@ class _Trace:
       jax.profiler.stop_trace()
       self._active = False
       telemetry.log.info("Profiler trace of steps %d to %d: %s", *self._steps, self._folder)
-
-
-@contextlib.contextmanager
-def _termination_notice() -> Iterator[Callable[[int], bool]]:
-  """Yields step -> whether to stop, agreed among the processes; SIGTERM keeps its default effect outside."""
-  if jax.process_count() > 1:
-    # jax.distributed has its own handler, which lets all processes stop after the same step.
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  received = []
-  previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-  try:
-    yield lambda step: bool(received)
-  finally:
-    signal.signal(signal.SIGTERM, previous)
-    if received and callable(previous):  # A caller that runs one training after the other has a handler of its own.
-      previous(signal.SIGTERM, None)

@@ -28,6 +28,10 @@ SPEED = {
   "speed/mfu": "MFU",
 }
 
+# Batches that may be ready when an evaluation ends, on the host and on the devices: the steps that take them show what
+# the step can do, not what the input can.
+READY = 4
+
 log = logging.getLogger("simclr_jax")
 
 
@@ -82,8 +86,13 @@ class Telemetry:
     self._lead = jax.process_index() == 0
     self._shown = {**shown, **SPEED}
     self._meter, self._peak = meter, chips.peak_of(meter.devices)
-    self._clock, self._clock_step = time.monotonic(), start_step
-    self._seconds = dict.fromkeys(("data", "checkpoint", "aside"), 0.0)
+    self._dispatched = start_step
+    # What counts for the next row: pieces that an evaluation ended, and the present piece since (time, step), which is
+    # None while the steps after an evaluation take what was ready.
+    self._steps, self._time = 0, 0.0
+    self._since: tuple[float, int] | None = (time.monotonic(), start_step)
+    self._counts_from = start_step
+    self._waits = dict.fromkeys(("data", "checkpoint"), 0.0)
     self._rows, self._tensorboard = None, None
     if not self._lead:
       return
@@ -109,33 +118,53 @@ class Telemetry:
 
   @contextlib.contextmanager
   def waiting_for(self, what: str) -> Iterator[None]:
-    """Times what the loop spends on `data` or a `checkpoint` that is not ready, or `aside` from training."""
+    """Times what the loop spends on `data` or a `checkpoint` that is not ready."""
     start = time.monotonic()
     yield
-    self._seconds[what] += time.monotonic() - start
+    if self._since:
+      self._waits[what] += time.monotonic() - start
+
+  @contextlib.contextmanager
+  def aside(self) -> Iterator[None]:
+    """Leaves an evaluation out of the speed, which begins when every dispatched step is done.
+
+    The input goes on during it: the first READY steps after it are left out too.
+    """
+    if self._since:
+      self._time += time.monotonic() - self._since[0]
+      self._steps += self._dispatched - self._since[1]
+    self._since, self._counts_from = None, self._dispatched + READY
+    yield
 
   def tick(self, steps: int = 1) -> None:
     """So many more steps were dispatched."""
+    self._dispatched += steps
+    if self._since is None and self._dispatched >= self._counts_from:
+      self._since = (time.monotonic(), self._dispatched)
     if self._lead:
       self._bar.update(steps)
 
   def speed(self, step: int) -> dict[str, float]:
-    """Returns how fast the steps since the last call were; time aside (an evaluation) does not count.
+    """Returns how fast the steps since the last call were, up to `step`; empty where none of them counts.
 
     Images/s, the shares of time spent waiting for data and for checkpoints, model TFLOP/s of all devices, and MFU,
     their share of the chips' peak, where that is known. Model FLOPs leave out what rematerialisation and micro-batches
     compute again.
     """
-    now = time.monotonic()
-    seconds, steps = now - self._clock - self._seconds["aside"], step - self._clock_step
+    now, steps, seconds = time.monotonic(), self._steps, self._time
+    if self._since and step > self._since[1]:
+      steps, seconds = steps + step - self._since[1], seconds + now - self._since[0]
+      self._since = (now, step)
+    if not steps:
+      return {}
     speed = {"speed/images_per_second": steps * self._meter.images_per_step / seconds}
-    speed |= {f"speed/{what}_wait_share": self._seconds[what] / seconds for what in ("data", "checkpoint")}
+    speed |= {f"speed/{what}_wait_share": min(waited / seconds, 1.0) for what, waited in self._waits.items()}
     flops = steps * self._meter.flops_per_step / seconds
     if flops:
       speed["speed/model_tflop_per_second"] = flops / 1e12
       if self._peak:
         speed["speed/mfu"] = flops / self._peak
-    self._clock, self._clock_step, self._seconds = now, step, dict.fromkeys(self._seconds, 0.0)
+    self._steps, self._time, self._waits = 0, 0.0, dict.fromkeys(self._waits, 0.0)
     return speed
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
