@@ -78,11 +78,7 @@ def _stored(this: experiment.Experiment) -> dict[str, Any]:
     raise errors.UserError("linear_eval.protocol stored needs a classifier; give --config.checkpoint=RUN, not random.")
   saved, held_out = this.saved(), this.held_out
   stored = inference.classifier(path, this.mesh)
-  if held_out.num_classes != stored.classes:
-    raise errors.UserError(
-      f"the classifier of {path} tells {stored.classes} classes apart and {held_out.name} has "
-      f"{held_out.num_classes}; use the data that it was trained on."
-    )
+  stored.check_classes(held_out, path)
   this.claim()
   counted = scores.accuracy(stored.logits_of, stored.variables, this.rows(held_out)(), this.mesh)
   result = {f"eval/{name}": value for name, value in counted.items()}
