@@ -93,8 +93,8 @@ def test_curves_show_the_loss_of_guessing(tmp_path, monkeypatch):
   assert lines == {"training": {1.0}, "guessing": {2.5}}
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("online_rate", ["optimizer", "safe"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("online_rate", "micro_batches"), [("optimizer", 1), ("safe", 1), ("safe", 2)])
 def test_the_online_head_diverges_at_the_rate_of_all_and_not_at_a_safe_one(online_rate, micro_batches):
   mesh = sharding.data_mesh(jax.devices()[:1])
   model = small_step.network(jnp.float32)

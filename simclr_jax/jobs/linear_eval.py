@@ -2,9 +2,10 @@
 
 The reference's protocol (v1 appendix B.6): the encoder runs in inference mode and never changes, images are cropped and
 flipped, the classifier learns with Nesterov momentum and a cosine rate. Needs --workdir and
---config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised, the number to
-beat). Without --config the run's own is used. --config.head.evaluate_from=-1 reads the projection head's output instead
-of the encoder's. --config.labels.fraction=0.1 learns from a tenth of the labels. Where some classes have few images,
+--config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised). Without --config
+the run's own is used. The result ends with a table beside raw pixels, colours, an untrained encoder and chance, and
+with a verdict. --config.head.evaluate_from=-1 reads the projection head's output instead of the encoder's.
+--config.labels.fraction=0.1 learns from a tenth of the labels. Where some classes have few images,
 --config.linear_eval.sampling=balanced shows all equally often, and --config.linear_eval.class_weights=balanced weighs
 the loss. Writes `result.json`, and a checkpoint with encoder and classifier.
 
