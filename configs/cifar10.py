@@ -42,6 +42,7 @@ def get_config(variant: str = "reference"):
     c.model.width = 0.25
     c.model.small_images = False  # The strided stem is five times as fast on a CPU, at some cost in accuracy.
     c.head.layers = 2
+    c.head.online_rate = "safe"
     c.loss.temperature = 0.2  # A short run gets further with hard negatives weighted more.
     c.optimizer.base_learning_rate = 2.0
     c.optimizer.warmup_epochs = 0.5

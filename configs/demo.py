@@ -31,6 +31,7 @@ def get_config():
 
   c.head.layers = 2
   c.head.out_dim = 64
+  c.head.online_rate = "safe"
 
   c.loss.temperature = 0.2
   c.loss.scale = 1.0

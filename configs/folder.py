@@ -30,6 +30,7 @@ def get_config(variant: str = ""):
   c.checkpoint_every_seconds = 300.0
   c.model.depth = 18
   c.head.layers = 2
+  c.head.online_rate = "safe"
   c.loss.temperature = 0.2
   c.optimizer.base_learning_rate = 0.075
   c.optimizer.scaling = "sqrt"

@@ -315,6 +315,7 @@ class Experiment:
     keys, memory = self.config.loss, self.config.memory
     negatives.check(memory.size, memory.decay, batch_size=self.config.batch_size, kind=keys.kind)
     same = {name: keys[name] for name in ("kind", "temperature", "normalize", "scale", "margin")}
+    same["online_rate"] = self.config.head.online_rate
     return objectives.Contrastive(model, self.decay, prepare, queue_decay=memory.decay, mesh=self.mesh, **same)
 
   def step(self, objective: objectives.Objective, optimizer: Optimizer) -> Callable:
@@ -372,6 +373,7 @@ class Experiment:
     classifier_layer: int = 0,
     class_names: Sequence[str] = (),
     profile_steps: tuple[int, int] | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
   ) -> loop.Run:
     """Returns what the loop needs, once the workdir is known to be this run's."""
     self.claim(images=self.train)
@@ -403,6 +405,7 @@ class Experiment:
       evaluate=evaluate,
       evaluate_every_steps=every(self.recipe.evaluate_every_epochs),
       profile_steps=profile_steps,
+      watch=watch,
     )
 
   def claim(self, free: tuple[str, ...] = config_lib.FREE, images: source.Source | None = None) -> None:

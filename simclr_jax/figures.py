@@ -1,5 +1,6 @@
 """Figures of a run: view pairs, curves, a t-SNE map, confusions, mistakes; and of a study: heat maps, bars, lines."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -22,6 +23,18 @@ COLUMNS = 3  # Panels of curves per row.
 MOST_NUMBERS, MOST_NAMES = 20, 60  # Classes of a confusion matrix that are drawn with numbers, with names.
 
 
+def varied(labels: np.ndarray, count: int) -> np.ndarray:
+  """Returns at most `count` row numbers of labels i32[N]: one of each class in turn, where the rows have several.
+
+  Within a class, and where there are no labels (-1), rows are evenly spaced: neighbours may be of one folder.
+  """
+  classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+  most = -(-count // max(1, len(classes)))
+  spread = lambda rows, most: rows[np.arange(most) * len(rows) // most]
+  turns = itertools.zip_longest(*(spread(rows, min(most, len(rows))) for rows in classes))
+  return np.array([row for turn in turns for row in turn if row is not None][:count], int)
+
+
 def view_pairs(views: np.ndarray, path: str) -> None:
   """Draws the first PAIRS image pairs f32[N, 2, H, W, 3] in [0, 1], or uint8, as the network sees them, in columns."""
   views = np.asarray(views[:PAIRS])
@@ -36,11 +49,17 @@ def view_pairs(views: np.ndarray, path: str) -> None:
 
 
 def curves(
-  rows: Sequence[Mapping[str, float]], panels: Mapping[str, Mapping[str, str]], path: str, *, title: str
+  rows: Sequence[Mapping[str, float]],
+  panels: Mapping[str, Mapping[str, str]],
+  path: str,
+  *,
+  title: str,
+  levels: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
   """Draws metrics over steps, one panel per quantity.
 
-  `rows` are metric rows, each with `step`; `panels` is heading -> {metric name: label}.
+  `rows` are metric rows, each with `step`; `panels` is heading -> {metric name: label}, `levels` is heading -> {label:
+  value of a horizontal line}.
   """
   columns = min(len(panels), COLUMNS)
   rows_of_panels = -(-len(panels) // columns)
@@ -54,6 +73,8 @@ def curves(
       if points:
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, label=label, color=color, marker="o" if len(points) < 3 else None)
+    for label, value in (levels or {}).get(heading, {}).items():
+      axis.axhline(value, label=label, color="black", linestyle="--", linewidth=1)
     axis.set(title=heading, xlabel="step")
     axis.grid(alpha=0.3)
     if axis.lines:

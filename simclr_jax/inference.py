@@ -12,14 +12,15 @@ import numpy as np
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, network
-from simclr_jax.data import arrays, inputs, pictures
+from simclr_jax.data import arrays, inputs, pictures, source
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
 from simclr_jax.models import encoders, simclr
 from simclr_jax.training import checkpoint
 from simclr_jax.training import state as state_lib
 
-# Images that go through the network together; the last batch is padded, so one compilation serves any N.
+# Images that go through the network together, at most; fewer are padded to a power of two, so that a few compilations
+# serve any N and one image does not wait for 127 of padding.
 BATCH = 128
 OVERSHOOT = 0.25
 
@@ -62,7 +63,7 @@ def _on_images(apply, config, mesh):
 
   def of_files(names):
     batches = inputs.evaluation(
-      _files(names, rule), config.data.image_size, batch_size=BATCH, is_resident=False, shared=False
+      _files(names, rule), config.data.image_size, batch_size=_width(len(names)), is_resident=False, shared=False
     )
     return features.of_split(applied, (), batches(), mesh).x
 
@@ -86,12 +87,16 @@ def _on_images(apply, config, mesh):
     parts = []
     for start in range(0, len(images), BATCH):
       piece = images[start : start + BATCH]
-      padding = [(0, BATCH - len(piece)), (0, 0), (0, 0), (0, 0)]
+      padding = [(0, _width(len(images)) - len(piece)), (0, 0), (0, 0), (0, 0)]
       parts.append(np.asarray(apply(np.pad(piece, padding)))[: len(piece)])
     dim = jax.eval_shape(apply, images[:1]).shape[-1]
     return np.concatenate([np.zeros((0, dim), np.float32), *parts])
 
   return on_images
+
+
+def _width(count: int) -> int:
+  return min(BATCH, 1 << max(count - 1, 0).bit_length())
 
 
 def _files(names: Sequence[str | os.PathLike], rule: pictures.Rule) -> arrays.Arrays:
@@ -149,6 +154,26 @@ class Classifier(NamedTuple):
   classes: int
   class_names: tuple[str, ...]  # Numbers where the checkpoint has none.
   config: ml_collections.ConfigDict  # Of the run that trained it.
+
+  def check_classes(self, images: source.Source, path: str) -> None:
+    """Raises a UserError unless a split has the classes of this classifier, of the checkpoint `path`, in order."""
+    if images.num_classes != self.classes:
+      raise errors.UserError(
+        f"the classifier of {path} tells {self.classes} classes apart and {images.name} has {images.num_classes}; use "
+        "the data that it was trained on."
+      )
+    pairs = zip(self.class_names, images.class_names, strict=True)
+    number = next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if number is not None and not are_numbers(self.class_names) and not are_numbers(images.class_names):
+      raise errors.UserError(
+        f"class {number} of the classifier of {path} is {self.class_names[number]} and that of {images.name} is "
+        f"{images.class_names[number]}; use the data that it was trained on, or the job predict, which matches names."
+      )
+
+
+def are_numbers(class_names: Sequence[str]) -> bool:
+  """Returns whether the names of classes are their numbers, as those of a checkpoint that has no names."""
+  return tuple(class_names) == tuple(map(str, range(len(class_names))))
 
 
 def classifier(path: str, mesh: jax.sharding.Mesh) -> Classifier:

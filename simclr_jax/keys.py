@@ -157,6 +157,12 @@ TREE: dict[str, Any] = {
     ),
     "evaluate_from": Key(0, "the same for linear_eval, knn, transfer and embed", LAYER),
     "online": Key(True, "train a linear classifier beside it, behind stop_gradient, where the images have labels"),
+    "online_rate": Key(
+      "optimizer",
+      "the online classifier's: optimizer (that of all, the reference's) or safe (no higher than the size of the"
+      " features allows, of lars and momentum)",
+      choices=("optimizer", "safe"),
+    ),
   },
   "loss": {
     "kind": Key(

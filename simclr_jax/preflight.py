@@ -19,7 +19,8 @@ def check(job: str, config: Any, workdir: str) -> None:
   `config` is a ConfigDict, or None for jobs without one; `workdir` is "" for none. Object stores (gs://) are not asked.
   """
   if config is not None and job not in OTHER_IMAGES and not (job == "predict" and config.predict.images):
-    _check_data(job, config.data, config.embed.split if job == "embed" else "")
+    only = {"embed": config.embed.split, "predict": config.predict.split}
+    _check_data(job, config.data, only.get(job, ""))
   if workdir and "://" not in workdir:
     _check_workdir(workdir)
 

@@ -14,6 +14,7 @@ from simclr_jax.data import arrays, device_augment, shapes, source, sources
 from simclr_jax.evaluation import features, geometry, neighbours
 from simclr_jax.hardware import sharding
 from simclr_jax.jobs import pretrain
+from simclr_jax.training import symptoms
 
 MEASURED = ["--config.monitor.knn_images=48", "--config.monitor.knn_neighbours=5", "--config.monitor.pairs=24"]
 EIGHT = pytest.mark.devices(8)
@@ -29,7 +30,7 @@ def parts(devices, *more, dtype=np.float32):
   this = experiment_of(*more, devices=jax.devices()[:devices])
   assert this.mesh.size == devices
   model, images = small_step.network(dtype), this.pairs(this.train)
-  evaluate = pretrain._evaluate_of(this, model, pretrain._views_of(this, images))
+  evaluate = pretrain._evaluate_of(this, model, pretrain._pairs_of(this, images).views)
   return model, small_step.start(model, this.mesh), evaluate, images
 
 
@@ -110,15 +111,16 @@ def test_a_part_of_a_batch_is_taken_in_even_steps(tmp_path, monkeypatch):
   batch = jax.jit(images.batch_of)(images.dataset, np.int32(0))
   (rows,) = images.first_batches(1, 8)()
   np.testing.assert_array_equal(rows["index"], batch["index"][::2])
-  # The figure shows the first rows of the whole batch.
+  # The figure shows one image of each class of the whole batch in turn.
   shown = []
   monkeypatch.setattr(figures, "view_pairs", lambda pairs, path: shown.append(pairs))
   monkeypatch.setattr(figures, "curves", lambda *_, **__: None)
-  pretrain._draw(str(tmp_path), pretrain._views_of(this, images))
+  pretrain._draw(str(tmp_path), pretrain._pairs_of(this, images), symptoms.Facts(16, None))
   prepared = jax.jit(images.prepare)(batch)["views"]
-  np.testing.assert_allclose(shown[0], prepared[: figures.PAIRS], rtol=0, atol=1e-6)
+  chosen = figures.varied(np.asarray(batch["label"]), figures.PAIRS)
+  np.testing.assert_allclose(shown[0], prepared[chosen], rtol=0, atol=1e-6)
   with pytest.raises(errors.UserError, match="config.monitor.pairs 12 does not split over 8 devices"):
-    pretrain._views_of(experiment_of("--config.monitor.pairs=12"), images)
+    pretrain._pairs_of(experiment_of("--config.monitor.pairs=12"), images)
 
 
 def test_a_second_evaluation_traces_no_network(one, measured, monkeypatch):

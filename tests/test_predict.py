@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 import simclr_jax
 from simclr_jax import __main__ as command
+from simclr_jax import errors, inference
 from simclr_jax.data import arrays, shapes
 from simclr_jax.evaluation import confusion, scores, selection
 from simclr_jax.jobs import predict as job
@@ -56,7 +57,7 @@ def photographs(tmp_path_factory):
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.fromarray(image).save(path)
   (root / "good" / "new" / "ring" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-  (root / "good" / "new" / "empty.JPG").write_bytes(b"")
+  (root / "good" / "new" / "ring" / "empty.JPG").write_bytes(b"")
   (root / "good" / "notes.txt").write_text("no image")
   # Whoever follows this link never comes back.
   (root / "good" / "again").symlink_to(root / "good")
@@ -82,7 +83,7 @@ def test_files_are_classified_counted_by_class_and_broken_ones_listed(finetuned,
   by_number = {int(pathlib.Path(row["file"]).stem): row for row in rows}
   assert sorted(by_number) == list(range(30))
   bad = [row["file"] for row in table_of(tmp_path / "unreadable.csv")]
-  assert bad == ["new/empty.JPG", "new/ring/broken.png"]
+  assert bad == ["new/ring/broken.png", "new/ring/empty.JPG"]
   classify, names, _ = simclr_jax.load_classifier(str(finetuned))
   wanted = classify(images)
   best = wanted.argmax(1)
@@ -142,6 +143,25 @@ def test_classes_of_a_split_are_matched_by_name():
   np.testing.assert_array_equal(job._matched(images, ("0", "1", "2")), [0, 1, 2])
 
 
+def test_a_classifier_counts_on_classes_of_its_own_order_alone():
+  found = inference.Classifier(None, None, 2, ("cat", "dog"), None)
+  split = lambda *names: arrays.Arrays("x", np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1, np.int32), names)
+  found.check_classes(split("cat", "dog"), "runs/a")
+  found.check_classes(split("0", "1"), "runs/a")
+  found._replace(class_names=("0", "1")).check_classes(split("dog", "cat"), "runs/a")
+  with pytest.raises(errors.UserError, match="tells 2 classes apart and x has 3"):
+    found.check_classes(split("cat", "dog", "eel"), "runs/a")
+  with pytest.raises(errors.UserError, match="class 0 of the classifier of runs/a is cat and that of x is dog"):
+    found.check_classes(split("dog", "eel"), "runs/a")
+
+
+@pytest.mark.slow
+def test_what_is_held_out_of_a_folder_is_predicted_without_saying_so(finetuned, photographs, tmp_path):
+  settings = ["data.source=folder", f"data.dir={photographs}/good/new", "data.resident=false", "data.holdout=0.3"]
+  result = predict(tmp_path, finetuned, *settings, "data.max_bad_share=0.1")
+  assert 5 <= result["eval/examples"] == result["examples"] <= 12
+
+
 def test_the_interval_of_balanced_accuracy_covers_it():
   rng, share, of_class = np.random.default_rng(0), np.array([0.95, 0.5, 0.8]), np.array([20, 300, 60])
   ends = np.array([confusion.balanced_interval(rng.binomial(of_class, share), of_class) for _ in range(2000)])
@@ -155,7 +175,7 @@ def test_the_interval_of_balanced_accuracy_covers_it():
   [
     (["predict.images={root}/absent"], 'absent" for config.predict.images; give one, or a pattern'),
     (["predict.images={root}/*.png"], "config.predict.images wants files that match"),
-    (["predict.images={root}/good/new/empty.JPG"], "none of the 1 images of"),
+    (["predict.images={root}/good/new/ring/empty.JPG"], "none of the 1 images of"),
     (["data.image_size=32"], "was trained at 16 pixels and config.data.image_size is 32; leave it out"),
     (["data.eval_split="], "predict has no images; set --config.predict.images=FOLDER, or"),
   ],

@@ -102,13 +102,13 @@ def verdict(subject: str, own: Score, others: Mapping[str, Score], *, is_trained
   `subject` is "the encoder" or "the classifier"; `is_trained` is False for an encoder as it is initialised.
   """
   rivals = {name: value for name, value in others.items() if name in NAMED}
+  best = max(rivals, key=lambda name: rivals[name].top1)
   if not is_trained:
-    return f"{subject} is as it was initialised: the number that training has to beat."
+    return f"{subject} is as it was initialised; a trained one has to beat {NAMED[best]}: {rivals[best].top1:.1%}."
   if own.high < others[CHANCE].top1:
     return f"{subject} is below chance: look for labels that differ between the splits, and for constant features."
   if own.low <= others[CHANCE].top1:
     return f"{subject} is no better than chance: it has learned nothing about these classes; {ADVICE}"
-  best = max(rivals, key=lambda name: rivals[name].top1)
   if own.low > rivals[best].high:
     *first, last = [NAMED[name] for name in rivals]
     return f"{subject} is better than {', '.join(first)} and {last}: the intervals do not overlap."

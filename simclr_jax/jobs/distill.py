@@ -44,7 +44,7 @@ def run(
       f"teacher {keys.teacher} was trained at {theirs} pixels and the student sees {ours}; "
       f"set --config.data.image_size={theirs}."
     )
-  train, labelled = _images(this, teacher.classes)
+  train, labelled = _images(this, teacher)
 
   def constants():
     if not keys.cache_teacher:
@@ -68,20 +68,18 @@ def run(
   return classifier.train(this, task, profile_steps=profile_steps)
 
 
-def _images(this: experiment.Experiment, classes: int) -> tuple[source.Source, np.ndarray]:
+def _images(this: experiment.Experiment, teacher: inference.Classifier) -> tuple[source.Source, np.ndarray]:
   """Returns the student's images, and which of them give their labels away, bool[N]."""
   keys, train, held_out = this.config.distill, this.train, this.held_out
-  if held_out.num_classes != classes:
-    raise errors.UserError(
-      f"the teacher tells {classes} classes apart and {held_out.name} has {held_out.num_classes}; "
-      "use the data that it was trained on."
-    )
+  teacher.check_classes(held_out, keys.teacher)
   uses_labels = keys.images == "labelled" or keys.label_weight > 0
-  if uses_labels and train.num_classes != classes:
+  if uses_labels and train.num_classes != teacher.classes:
     raise errors.UserError(
-      f"{train.name} has {train.num_classes} classes, the teacher {classes}; with distill.label_weight=0 and "
+      f"{train.name} has {train.num_classes} classes, the teacher {teacher.classes}; with distill.label_weight=0 and "
       "distill.images=all no labels are needed."
     )
+  if uses_labels:
+    teacher.check_classes(train, keys.teacher)
   rows = this.labelled_rows(train) if uses_labels else np.arange(0)
   if keys.images == "labelled":
     train, rows = train.take(rows), np.arange(len(rows))

@@ -2,9 +2,10 @@
 
 The reference's protocol (v1 appendix B.6): the encoder runs in inference mode and never changes, images are cropped and
 flipped, the classifier learns with Nesterov momentum and a cosine rate. Needs --workdir and
---config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised, the number to
-beat). Without --config the run's own is used. --config.head.evaluate_from=-1 reads the projection head's output instead
-of the encoder's. --config.labels.fraction=0.1 learns from a tenth of the labels. Where some classes have few images,
+--config.checkpoint=RUN, a pretraining run's workdir (or `random`: the encoder as it is initialised). Without --config
+the run's own is used. The result ends with a table beside raw pixels, colours, an untrained encoder and chance, and
+with a verdict. --config.head.evaluate_from=-1 reads the projection head's output instead of the encoder's.
+--config.labels.fraction=0.1 learns from a tenth of the labels. Where some classes have few images,
 --config.linear_eval.sampling=balanced shows all equally often, and --config.linear_eval.class_weights=balanced weighs
 the loss. Writes `result.json`, and a checkpoint with encoder and classifier.
 
@@ -41,9 +42,10 @@ def run(
     )
   protocol = config.linear_eval.protocol
   this = experiment.Experiment(config, "linear_eval", workdir)
-  for key in ("class_weights", "sampling"):
-    if protocol != "reference" and config.linear_eval[key] == "balanced":
-      raise errors.UserError(f"config.linear_eval.{key}=balanced is for linear_eval.protocol=reference; leave it out.")
+  known = {"features": ("sampling",), "stored": ("sampling", "class_weights")}
+  for key in known.get(protocol, ()):
+    if config.linear_eval[key] == "balanced":
+      raise errors.UserError(f"config.linear_eval.{key}=balanced is not for protocol {protocol}; leave it out.")
   if protocol != "reference":
     if profile_steps:
       raise errors.UserError(f"--profile_steps is for linear_eval.protocol reference; {protocol} trains no network.")
@@ -78,11 +80,7 @@ def _stored(this: experiment.Experiment) -> dict[str, Any]:
     raise errors.UserError("linear_eval.protocol stored needs a classifier; give --config.checkpoint=RUN, not random.")
   saved, held_out = this.saved(), this.held_out
   stored = inference.classifier(path, this.mesh)
-  if held_out.num_classes != stored.classes:
-    raise errors.UserError(
-      f"the classifier of {path} tells {stored.classes} classes apart and {held_out.name} has "
-      f"{held_out.num_classes}; use the data that it was trained on."
-    )
+  stored.check_classes(held_out, path)
   this.claim()
   counted = scores.accuracy(stored.logits_of, stored.variables, this.rows(held_out)(), this.mesh)
   result = {f"eval/{name}": value for name, value in counted.items()}
@@ -127,6 +125,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   )
   begin = time.monotonic()
   options = {"classes": train.num_classes, "mesh": mesh}
+  options["is_balanced"] = config.linear_eval.class_weights == "balanced"
   by_grid = selection.choose_from_grid(known, rows, test, grid, seed=config.seed, **options)
   seconds["grid"] = time.monotonic() - begin
   begin = time.monotonic()

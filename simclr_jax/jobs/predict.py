@@ -31,6 +31,7 @@ from etils import epath
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, figures, files, inference, progress
 from simclr_jax.data import inputs, pictures, source, sources
+from simclr_jax.data import parts as splits
 from simclr_jax.evaluation import confusion, features
 from simclr_jax.training import checkpoint, telemetry
 
@@ -62,6 +63,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     raise errors.UserError(
       f"{config.checkpoint} has no classifier; train one with labels first: linear_eval or finetune with "
       f"--config.checkpoint={config.checkpoint}, and predict with that run."
+    )
+  if checkpoint.open(config.checkpoint).job == "pretrain":
+    telemetry.log.info(
+      "predict: the classifier of %s learned beside pretraining; linear_eval trains a better one.", config.checkpoint
     )
   this = experiment.Experiment(config, "predict", workdir)
   found = inference.classifier(config.checkpoint, this.mesh)
@@ -104,7 +109,7 @@ class _Split:
 
   def __init__(self, this: experiment.Experiment, class_names: Sequence[str]):
     config = this.config
-    split = config.predict.split or config.data.eval_split
+    split = config.predict.split or (splits.HELD_OUT if config.data.holdout else config.data.eval_split)
     if not split:
       raise errors.UserError("predict has no images; set --config.predict.images=FOLDER, or --config.predict.split.")
     self._this, self._images = this, this.images_of(split)
@@ -179,8 +184,8 @@ def _pixels(batches):
 def _matched(images: source.Source, class_names: Sequence[str]) -> np.ndarray:
   """Returns the model's number i32[classes] of each class of a split, -1 for one that it does not know."""
   numbers = {name: number for number, name in enumerate(class_names)}
-  if class_names == tuple(map(str, range(len(class_names)))) and images.num_classes == len(class_names):
-    # Of a checkpoint without names: its numbers are those of the data.
+  nameless = inference.are_numbers(class_names) or inference.are_numbers(images.class_names)
+  if nameless and images.num_classes == len(class_names):
     return np.arange(images.num_classes, dtype=np.int32)
   found = np.array([numbers.get(name, -1) for name in images.class_names], np.int32)
   if unknown := [name for name, number in zip(images.class_names, found, strict=True) if number < 0]:

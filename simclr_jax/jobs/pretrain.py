@@ -10,22 +10,31 @@ alone and says how many host threads it takes to feed a chip (--chip=v5e, --mfu=
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
 
-from simclr_jax import comparison, errors, experiment, figures
+from simclr_jax import comparison, errors, experiment, figures, optim
 from simclr_jax.data import inputs, profile
 from simclr_jax.evaluation import baselines, monitor
 from simclr_jax.hardware import sharding
 from simclr_jax.models import simclr
-from simclr_jax.training import loop, telemetry
+from simclr_jax.training import loop, symptoms, telemetry
 from simclr_jax.training import state as state_lib
 
 Views = Callable[[], Iterator[jax.Array]]
+
+CHANCE = "Contrastive loss (mean over 2N)"  # The panel that shows the loss of guessing too.
+
+
+class Pairs(NamedTuple):
+  """Functions whose calls go through some images by batches."""
+
+  views: Views  # f[N, 2, H, W, 3].
+  labels: Views  # i32[N], -1 without.
 
 
 def run(
@@ -56,12 +65,14 @@ def run(
     state = state_lib.abstract(model, config.data.image_size, optimizer.tx, this.mesh, sharded=False)
     flops = this.network.passes * this.network.forward_flops(model, state)
     return profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
-  views = _views_of(this, images)
-  options = {"evaluate": _evaluate_of(this, model, views), "profile_steps": profile_steps}
+  pairs = _pairs_of(this, images)
+  options = {"evaluate": _evaluate_of(this, model, pairs.views), "profile_steps": profile_steps}
   options["class_names"] = train.class_names if model.linear_head else ()
   state = this.state(model, optimizer.tx)
   flops = this.network.step_flops(this.network.forward_flops(model, state))
-  settings = this.run(objective, optimizer, train.num_examples, flops_per_step=flops, **options)
+  facts = _facts(this, model, optimizer)
+  watch = symptoms.Watch(facts, telemetry.log.warning)
+  settings = this.run(objective, optimizer, train.num_examples, flops_per_step=flops, watch=watch, **options)
   telemetry.log.info(
     "pretrain: %d images, %d steps of %d, encoder %s parameters, %s",
     *(train.num_examples, optimizer.total_steps, config.batch_size),
@@ -74,8 +85,17 @@ def run(
   result = {**result, **_compared(this, state, result)}
   telemetry.write_result(workdir, result)
   if draw:
-    _draw(workdir, views)
+    _draw(workdir, pairs, facts)
   return result
+
+
+def _facts(this: experiment.Experiment, model: simclr.SimCLR, optimizer: experiment.Optimizer) -> symptoms.Facts:
+  """Returns what the warnings of `symptoms` know of this run."""
+  config, steps = this.config, optimizer.total_steps
+  warmup = optim.warmup_steps(this.train.num_examples, config.optimizer.warmup_epochs, config.batch_size)
+  chance = symptoms.chance_loss(config.loss.kind, config.batch_size, config.memory.size)
+  classes = this.classes if model.linear_head else 0
+  return symptoms.Facts(config.batch_size, chance, classes, settled=max(warmup, steps // 10))
 
 
 def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views) -> loop.Evaluate | None:
@@ -126,8 +146,8 @@ def _compared(this: experiment.Experiment, state: state_lib.TrainState, result: 
   return {**found, **comparison.of_result(this, this.train, this.held_out, judge, encoder=(encode, own))}
 
 
-def _views_of(this: experiment.Experiment, images: inputs.Input) -> Views:
-  """Returns a function whose call goes through f[N, 2, H, W, 3]: `monitor.pairs` views as the network sees them.
+def _pairs_of(this: experiment.Experiment, images: inputs.Input) -> Pairs:
+  """Returns `monitor.pairs` images as the network sees them.
 
   They are taken from the batches of step 0 on, split over the devices; at least a few, for the figure.
   """
@@ -138,17 +158,23 @@ def _views_of(this: experiment.Experiment, images: inputs.Input) -> Views:
   sharding.check_divisible(rows, mesh, name="config.monitor.pairs")
   first = images.first_batches(batches, rows)
   prepare = jax.jit(lambda rows: images.prepare(rows)["views"], out_shardings=sharding.batched(mesh))
-  return lambda: map(prepare, first())
+  return Pairs(lambda: map(prepare, first()), lambda: (rows["label"] for rows in first()))
 
 
-def _draw(workdir: str, views: Views) -> None:
+def _own(x: jax.Array) -> np.ndarray:
+  """Returns this process's rows of an array that is split over the devices."""
+  shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def _draw(workdir: str, pairs: Pairs, facts: symptoms.Facts) -> None:
   # On all processes: resident data is on the devices of all.
-  shards = sorted(next(views()).addressable_shards, key=lambda shard: shard.index[0].start or 0)
-  pairs = np.concatenate([np.asarray(shard.data, np.float32) for shard in shards])[: figures.PAIRS]
+  views, classes = (_own(next(part())) for part in pairs)
+  views = views.astype(np.float32)[figures.varied(classes, figures.PAIRS)]
   if jax.process_index():
     return
   panels = {
-    "Contrastive loss (mean over 2N)": {"train/loss": "training"},
+    CHANCE: {"train/loss": "training"},
     "Accuracy": {
       "train/contrast_acc": "contrastive (N-way)",
       "train/supervised_acc": "online head, training views",
@@ -163,6 +189,8 @@ def _draw(workdir: str, views: Views) -> None:
     "Collapse watch: effective rank": {"eval/rank_h": "of h, the encoder's", "eval/rank_z": "of z, the projection's"},
   }
   folder = epath.Path(workdir) / "figures"
-  figures.curves(telemetry.read_rows(workdir), panels, str(folder / "curves.png"), title="Pretraining")
-  figures.view_pairs(pairs, str(folder / "view_pairs.png"))
+  levels = {CHANCE: {"guessing": facts.chance}} if facts.chance is not None else {}
+  path = str(folder / "curves.png")
+  figures.curves(telemetry.read_rows(workdir), panels, path, title="Pretraining", levels=levels)
+  figures.view_pairs(views, str(folder / "view_pairs.png"))
   telemetry.log.info("Checkpoints, metrics and figures: %s", workdir)

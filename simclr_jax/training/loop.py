@@ -43,6 +43,7 @@ class Run:
   flops_per_step: float = 0  # See `telemetry.Meter`.
   evaluate: Evaluate | None = None  # Called at the end and every `evaluate_every_steps` (0: only at the end).
   evaluate_every_steps: int = 0
+  watch: Callable[[int, dict[str, float]], None] | None = None  # Sees every metric row: (step, row).
   profile_steps: tuple[int, int] | None = None  # First and last step of a profiler trace, in `workdir`/profile.
 
   def save_due(self, begin: int, end: int) -> bool:
@@ -116,6 +117,8 @@ def train(
         with out.aside():
           result = run.evaluate(state)
         out.write(done, result)
+        if run.watch:
+          run.watch(done, result)
       stop = stop_after(done)
       if last or stop or run.save_due(begin, done):
         rows.flush()  # A row up to a saved step is never lost, whatever happens next.
@@ -184,6 +187,8 @@ class _Rows:
             f"{name} is {value} at step {step}: training diverged; lower config.optimizer.base_learning_rate, "
             "or warm up for longer (config.optimizer.warmup_epochs)."
           )
+      if self._run.watch:
+        self._run.watch(step, values)
 
 
 class _Trace:

@@ -18,6 +18,9 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Params = Any
 
+# Of the online classifier whose rate is safe: step times the mean of 1 + |h|^2, at most.
+HEAD_STEP = 1.0
+
 
 def as_it_is(tree: Any) -> Any:
   """Returns its argument: the batch without a device part of the augmentation, or parameters that are replicated."""
@@ -84,6 +87,10 @@ class Objective:
     """Returns the loss that compares all embeddings f[N, 2, D] of the batch, and its metrics."""
     raise NotImplementedError
 
+  def steadied(self, grads: Params, metrics: Metrics, rate: jax.Array) -> tuple[Params, Metrics]:
+    """Returns the gradients that the optimizer takes at this learning rate, and the metrics to log."""
+    return grads, metrics
+
   def after(
     self, before: state_lib.TrainState, now: state_lib.TrainState, embed: Callable[..., jax.Array], batch: Batch
   ) -> tuple[Any, Metrics]:
@@ -104,23 +111,40 @@ class Contrastive(Objective):
   scale: float = 1.0  # Factor on the paper's loss in what is optimised (the reference: 2).
   margin: float = 0.8  # Of the margin losses.
   queue_decay: float = 0.999  # Of the averaged weights that fill the queue of negatives, where the state has one.
+  online_rate: str = "optimizer"  # "safe": see `steadied`.
   mesh: jax.sharding.Mesh | None = None
   shown: ClassVar[dict[str, str]] = {"train/loss": "loss", "train/contrast_acc": "contrast acc"}
 
   def forward(self, variables: Any, rows: Batch, totals: jax.Array, parts: int) -> Output:
-    z, logits, updates = self._embedded(self.model, variables, rows)
+    z, h, logits, updates = self._embedded(self.model, variables, rows)
     metrics, loss = {}, 0
     if logits is not None:
       loss, accuracy = _of_labelled(logits, rows["label"].repeat(2), 2 * totals, parts)
       metrics = {"supervised_loss": loss, "supervised_acc": accuracy}
+      if self.online_rate == "safe":
+        h = h.astype(logits.dtype)
+        metrics["online_energy"] = jax.lax.stop_gradient(1 + jnp.mean(jnp.sum(jnp.square(h), axis=-1)))
     return Output(z, loss, metrics, updates.get("batch_stats", {}))
+
+  def steadied(self, grads: Params, metrics: Metrics, rate: jax.Array) -> tuple[Params, Metrics]:
+    """Returns the gradients with the online classifier's made smaller where a step at this rate would be unstable.
+
+    The curvature of its loss is at most half of the mean of 1 + |h|^2, the energy: a step of HEAD_STEP / energy is far
+    below the limit of gradient descent, 2 / curvature, whatever the momentum.
+    """
+    if "online_energy" not in metrics:
+      return grads, metrics
+    metrics = dict(metrics)
+    share = HEAD_STEP / jnp.maximum(rate * metrics.pop("online_energy"), HEAD_STEP)
+    head = jax.tree.map(lambda grad: (share * grad).astype(grad.dtype), grads["linear_head"])
+    return {**grads, "linear_head": head}, metrics
 
   def _embedded(self, model, variables, rows):
     # One pass over both views: BatchNorm takes its statistics over them together, and over all devices.
     views = self.prepare(rows)["views"]
     images = views.reshape(-1, *views.shape[2:])  # [2N, H, W, 3], the views of an image adjacent.
-    (_, z, logits), updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    return z.reshape(-1, 2, z.shape[-1]), logits, updates
+    (h, z, logits), updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return z.reshape(-1, 2, z.shape[-1]), h, logits, updates
 
   def compare(self, z: jax.Array, batch: Batch, state: state_lib.TrainState) -> tuple[jax.Array, Metrics]:
     """Returns the scaled contrastive loss of the whole batch; the metric `loss` is the paper's."""

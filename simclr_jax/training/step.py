@@ -26,10 +26,12 @@ def train_step(
   trained = objective.trained(state.params)
   gradients = _gradients if placement.micro_batches == 1 else _micro_batched_gradients
   grads, metrics, batch_stats = gradients(state, trained, batch, constants, objective, placement)
+  norm = optax.tree.norm(grads)
+  grads, metrics = objective.steadied(grads, metrics, schedule(state.step))
   updates, opt_state = tx.update(grads, state.opt_state, trained)
   params = simclr.merged(state.params, optax.apply_updates(trained, updates))
   batch_stats = simclr.merged(state.batch_stats, objective.moving(batch_stats))
-  metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
+  metrics |= {"learning_rate": schedule(state.step), "grad_norm": norm}
   after = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
   def embed(embedded, params):
