@@ -46,7 +46,10 @@ def load(name_or_path: str = "", overrides: Mapping[str, Any] | None = None) -> 
 
     config = inherited(checkpoint.open(path).config)
   else:
-    raise errors.UserError(f"no --config; give an experiment, such as one of {', '.join(bundled())}.")
+    raise errors.UserError(
+      f"no --config; give an experiment, such as one of {', '.join(bundled())}, or, to go on from a run, "
+      "--config.checkpoint=RUN."
+    )
   config.lock()
   for key, value in overrides.items():
     set_key(config, key, value)

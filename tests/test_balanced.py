@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import runs
 from runs import TINY, job
+from sklearn import linear_model
 from sklearn.utils import class_weight
 
 from simclr_jax import __main__ as command
 from simclr_jax import errors
 from simclr_jax.data import arrays, balanced, inputs, order, pipeline
 from simclr_jax.data.distortion import Distortion
+from simclr_jax.evaluation import probes
 from simclr_jax.hardware import sharding
 from simclr_jax.training import objectives
 
@@ -111,6 +113,21 @@ def test_the_weighted_loss_is_its_definition_in_any_parts(parts):
 
 
 @pytest.mark.slow
+def test_balanced_regressions_are_those_of_scikit_learn():
+  rng, y = np.random.default_rng(0), np.repeat([0, 1, 2], [120, 30, 6]).astype(np.int32)
+  x = rng.standard_normal((156, 4)) + np.eye(3, 4)[y]
+  path = probes.L2Path([0.01], 500, 1e-6)
+  with jax.enable_x64(True):
+    found, _ = probes.logistic_regression(x, y, path, classes=3, is_balanced=True)
+  wanted = linear_model.LogisticRegression(C=1 / (156 * 0.01), class_weight="balanced", tol=1e-10).fit(x, y)
+  np.testing.assert_allclose(found["dense"]["kernel"][0].T, wanted.coef_, rtol=1e-3, atol=1e-4)
+  # A step from zero of the grid's classifiers follows the gradient, in which each class has a third.
+  grid = probes.Grid([1.0], [0.0], 1, 156)
+  trained = probes.train_grid(x.astype(np.float32), y, grid, classes=3, seed=0, is_balanced=True)
+  np.testing.assert_allclose(trained["dense"]["bias"][0, 0], 0, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_balanced_run_continues_bit_for_bit(pretrained, tmp_path):
   settings = [f"--config.checkpoint={pretrained}", *OPTIONS]
   job("finetune", tmp_path, *settings)
@@ -137,7 +154,7 @@ def test_a_balanced_run_continues_bit_for_bit(pretrained, tmp_path):
     (
       "linear_eval",
       ["checkpoint=random", "linear_eval.sampling=balanced", "linear_eval.protocol=features"],
-      "config.linear_eval.sampling=balanced is for linear_eval.protocol=reference; leave it out",
+      "config.linear_eval.sampling=balanced is not for protocol features; leave it out",
     ),
   ],
 )

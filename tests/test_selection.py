@@ -37,7 +37,7 @@ def converged(path):
 def quick(monkeypatch):
   """Replaces the L-BFGS of `probes`, which takes seconds to compile, by scikit-learn's."""
 
-  def solve(x, y, path, *, classes, mesh):
+  def solve(x, y, path, *, classes, is_balanced, mesh):
     fitted = [
       linear_model.LogisticRegression(C=1 / (len(x) * strength), max_iter=5000).fit(x, y)
       for strength in path.l2_strengths

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn import linear_model, pipeline, preprocessing
 
 from simclr_jax import errors, optim, randomness
+from simclr_jax.data import balanced
 from simclr_jax.evaluation import scores
 from simclr_jax.hardware import sharding
 from simclr_jax.models import heads
@@ -47,15 +48,22 @@ class L2Path:
 
 
 def train_grid(
-  train_x: np.ndarray, train_y: np.ndarray, grid: Grid, *, classes: int, seed: int, mesh: Mesh | None = None
+  train_x: np.ndarray,
+  train_y: np.ndarray,
+  grid: Grid,
+  *,
+  classes: int,
+  seed: int,
+  is_balanced: bool = False,
+  mesh: Mesh | None = None,
 ) -> dict[str, Any]:
   """Returns a linear classifier for each learning rate and weight decay, all trained at once on f[N, D] and i32[N].
 
   They are params of `heads.LinearHead` with two leading axes: kernel f[L, W, D, K], bias f[L, W, K], in the dtype of
   the features. Appendix B.6 of Chen et al. 2020, on fixed features: `optim.momentum`, a cosine learning rate without
   warm-up, weights initialised to zero, the L2 term of `optim.weight_decay_loss` (which includes the bias, as in the
-  reference). All classifiers see the same batches, so that the product of a batch with all weights is one matrix
-  product.
+  reference). `is_balanced` weighs the rows by `balanced.weights`. All classifiers see the same batches, so that the
+  product of a batch with all weights is one matrix product.
 
   An epoch is one dispatch of N // batch_size steps. Its order is a function of (seed, epoch); the rows that do not fill
   a last batch are left out, others in each epoch. The schedule counts epochs * (N // batch_size) steps.
@@ -74,7 +82,8 @@ def train_grid(
     sharding.replicate(np.asarray(values, x.dtype), mesh) for values in (grid.learning_rates, grid.weight_decays)
   ]
   everywhere = sharding.replicated(mesh)
-  start, run_epoch = _grid_functions(grid, _head(classes, x.dtype), x.shape, seed, mesh)
+  weights = jnp.asarray(balanced.weights(train_y, classes), x.dtype) if is_balanced else None
+  start, run_epoch = _grid_functions(grid, _head(classes, x.dtype), x.shape, seed, weights, mesh)
   state = jax.jit(start, out_shardings=everywhere)(*cells)
   run_epoch = jax.jit(run_epoch, donate_argnums=0, out_shardings=everywhere)
   for epoch in range(grid.epochs):
@@ -82,7 +91,7 @@ def train_grid(
   return state[0]
 
 
-def _grid_functions(grid, head, shape, seed, mesh):
+def _grid_functions(grid, head, shape, seed, weights, mesh):
   """Returns (start, run_epoch) of the whole grid.
 
   start: (learning rates, weight decays) -> state. run_epoch: (state, epoch, (rates, decays), x, y) -> state.
@@ -108,7 +117,8 @@ def _grid_functions(grid, head, shape, seed, mesh):
   def update(learning_rate, weight_decay, state, x, y):
     def loss_fn(params):
       logits = head.apply({"params": params}, x)
-      loss = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, y))
+      losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+      loss = jnp.mean(losses if weights is None else weights[y] * losses)
       return loss + optim.weight_decay_loss(params, weight_decay, optimizer="momentum")
 
     params, opt_state = state
@@ -127,7 +137,13 @@ def _grid_functions(grid, head, shape, seed, mesh):
 
 
 def logistic_regression(
-  train_x: np.ndarray, train_y: np.ndarray, path: L2Path, *, classes: int, mesh: Mesh | None = None
+  train_x: np.ndarray,
+  train_y: np.ndarray,
+  path: L2Path,
+  *,
+  classes: int,
+  is_balanced: bool = False,
+  mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Returns multinomial logistic regressions of f[N, D], one for each strength of the L2 penalty, and how each ended.
 
@@ -140,16 +156,19 @@ def logistic_regression(
   the minimum of each.
 
   The objective is mean cross-entropy + strength / 2 * ||kernel||^2 (scikit-learn's with C = 1 / (N strength)); the bias
-  is not penalised. It is minimised by `optax.lbfgs` on the devices; scikit-learn's L-BFGS uses one processor. The
-  strongest penalty is solved first and each solution is the start of the next weaker one: four times as fast as all at
-  once under vmap, where every line search waits for the longest. Features are not standardised here; `standardise`
-  improves the conditioning and gives a strength the same meaning for every encoder.
+  is not penalised; `is_balanced` weighs the rows of i32[N] by `balanced.weights`. It is minimised by `optax.lbfgs` on
+  the devices; scikit-learn's L-BFGS uses one processor. The strongest penalty is solved first and each solution is the
+  start of the next weaker one: four times as fast as all at once under vmap, where every line search waits for the
+  longest. Features are not standardised here; `standardise` improves the conditioning and gives a strength the same
+  meaning for every encoder.
 
   The rows and their logits (for ImageNet 1.28M x 1000 x 4 bytes = 5.1 GB, and as much again for each of the few arrays
   of that shape in a gradient) are split over the devices; products have the full precision of the features' dtype.
   """
   mesh = mesh or _one_device()
   share = np.full(len(train_x), 1 / len(train_x), train_x.dtype)
+  if is_balanced:
+    share *= np.asarray(balanced.weights(train_y, classes), train_x.dtype)[train_y]
   # Padded rows have the share 0.
   data = [sharding.place_rows(array, mesh) for array in (train_x, np.asarray(train_y, np.int32), share)]
   dtype = data[0].dtype
@@ -254,8 +273,8 @@ def accuracies(
     counts = count(params["dense"], *(sharding.place_rows(array, mesh, block) for array in part))
     for name, value in counts.items():
       totals[name] += np.asarray(value, np.int64)
-  balanced = scores.balanced_of(totals.pop("correct"), np.bincount(y, minlength=classes))
-  return {**{name: total / examples for name, total in totals.items()}, "balanced_top1": balanced}
+  of_classes = scores.balanced_of(totals.pop("correct"), np.bincount(y, minlength=classes))
+  return {**{name: total / examples for name, total in totals.items()}, "balanced_top1": of_classes}
 
 
 def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:

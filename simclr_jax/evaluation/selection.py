@@ -64,15 +64,17 @@ def choose_from_grid(
   *,
   classes: int,
   seed: int,  # Of the order of the rows.
+  is_balanced: bool = False,  # Whether the classes count alike, in the loss and in the choice.
   mesh: Mesh | None = None,
 ) -> GridChoice:
   """Returns the cell of a grid that is best on held-back images, and its accuracies on the test split."""
   x, y = train
   fitted, chosen_by = rows
-  options = {"classes": classes, "seed": seed, "mesh": mesh}
+  options = {"classes": classes, "seed": seed, "is_balanced": is_balanced, "mesh": mesh}
   trained = probes.train_grid(*_flat(x[:, fitted], y[fitted]), grid, **options)
-  table = probes.accuracies(trained, x[0, chosen_by], y[chosen_by], mesh=mesh)["top1"]
-  row, column = np.unravel_index(np.argmax(table), table.shape)
+  counted = probes.accuracies(trained, x[0, chosen_by], y[chosen_by], mesh=mesh)
+  table = counted["top1"]
+  row, column = np.unravel_index(np.argmax(counted["balanced_top1"] if is_balanced else table), table.shape)
   rate, decay = grid.learning_rates[row], grid.weight_decays[column]
   cell = dataclasses.replace(grid, learning_rates=[rate], weight_decays=[decay])
   again = probes.train_grid(*_flat(x, y), cell, **options)
@@ -82,7 +84,14 @@ def choose_from_grid(
 
 
 def choose_from_path(
-  train: Features, rows: Rows, test: Features, path: probes.L2Path, *, classes: int, mesh: Mesh | None = None
+  train: Features,
+  rows: Rows,
+  test: Features,
+  path: probes.L2Path,
+  *,
+  classes: int,
+  is_balanced: bool = False,
+  mesh: Mesh | None = None,
 ) -> PathChoice:
   """Returns the L2 strength that is best on held-back images, and its accuracies on the test split.
 
@@ -93,7 +102,8 @@ def choose_from_path(
 
   def fit(train, other, path):
     train_x, other_x = probes.standardise(train[0], other[0])
-    trained, ended = probes.logistic_regression(train_x, train[1], path, classes=classes, mesh=mesh)
+    options = {"classes": classes, "is_balanced": is_balanced, "mesh": mesh}
+    trained, ended = probes.logistic_regression(train_x, train[1], path, **options)
     for strength, steps, fine in zip(path.l2_strengths, ended["steps"], ended["converged"], strict=True):
       if not fine:
         log.warning(
@@ -103,8 +113,9 @@ def choose_from_path(
         )
     return trained, probes.accuracies(trained, other_x, other[1], mesh=mesh)
 
-  by_strength = fit(_flat(x[:, fitted], y[fitted]), (x[0, chosen_by], y[chosen_by]), path)[1]["top1"]
-  strength = path.l2_strengths[int(np.argmax(by_strength))]
+  counted = fit(_flat(x[:, fitted], y[fitted]), (x[0, chosen_by], y[chosen_by]), path)[1]
+  by_strength = counted["top1"]
+  strength = path.l2_strengths[int(np.argmax(counted["balanced_top1"] if is_balanced else by_strength))]
   whole = _flat(x, y)
   trained, counted = fit(whole, test, dataclasses.replace(path, l2_strengths=[strength]))
   dense = probes.of_raw({name: np.asarray(leaf[0]) for name, leaf in trained["dense"].items()}, whole[0])

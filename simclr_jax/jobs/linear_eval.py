@@ -42,9 +42,10 @@ def run(
     )
   protocol = config.linear_eval.protocol
   this = experiment.Experiment(config, "linear_eval", workdir)
-  for key in ("class_weights", "sampling"):
-    if protocol != "reference" and config.linear_eval[key] == "balanced":
-      raise errors.UserError(f"config.linear_eval.{key}=balanced is for linear_eval.protocol=reference; leave it out.")
+  known = {"features": ("sampling",), "stored": ("sampling", "class_weights")}
+  for key in known.get(protocol, ()):
+    if config.linear_eval[key] == "balanced":
+      raise errors.UserError(f"config.linear_eval.{key}=balanced is not for protocol {protocol}; leave it out.")
   if protocol != "reference":
     if profile_steps:
       raise errors.UserError(f"--profile_steps is for linear_eval.protocol reference; {protocol} trains no network.")
@@ -124,6 +125,7 @@ def _features(this: experiment.Experiment) -> dict[str, Any]:
   )
   begin = time.monotonic()
   options = {"classes": train.num_classes, "mesh": mesh}
+  options["is_balanced"] = config.linear_eval.class_weights == "balanced"
   by_grid = selection.choose_from_grid(known, rows, test, grid, seed=config.seed, **options)
   seconds["grid"] = time.monotonic() - begin
   begin = time.monotonic()

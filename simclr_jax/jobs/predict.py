@@ -65,6 +65,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       f"{config.checkpoint} has no classifier; train one with labels first: linear_eval or finetune with "
       f"--config.checkpoint={config.checkpoint}, and predict with that run."
     )
+  if checkpoint.open(config.checkpoint).job == "pretrain":
+    telemetry.log.info(
+      "predict: the classifier of %s learned beside pretraining; linear_eval trains a better one.", config.checkpoint
+    )
   this = experiment.Experiment(config, "predict", workdir)
   found = inference.classifier(config.checkpoint, this.mesh)
   ours, theirs = this.config.data.image_size, found.config.data.image_size

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +114,12 @@ class Saved:
     if not custom or "config" not in custom:
       raise errors.UserError(f"checkpoint {self.path} carries no config; it was not written by simclr_jax.")
     return custom["config"]
+
+  @property
+  def job(self) -> str:
+    """The job that wrote it, "" where that is not known: the folder was taken out of its run."""
+    path = self.path.parent.parent / "config.json"
+    return json.loads(path.read_text()).get("job", "") if path.exists() else ""
 
   @property
   def classifier_layer(self) -> int:
