@@ -54,6 +54,8 @@ def of_result(
     return {}
   progress.doing("comparing with pixels, colours and an untrained encoder")
   parts = known.sample(keys.train_images, run.config.seed), held_out.sample(keys.held_out_images, run.config.seed)
+  counts = [part.num_examples for part in parts]
+  telemetry.log.info("%s: measuring baselines on %d + %d images ...", run.job, *counts)
   untrained = simclr.Representation(run.network.encoder())
   params, batch_stats = run.variables(untrained)
 
