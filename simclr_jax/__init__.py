@@ -38,21 +38,25 @@ def run(job: str, config: "ml_collections.ConfigDict | None", workdir: str, **op
     **options: the job's own, such as `profile_steps=(10, 15)`.
   UserError: something in config or options does not fit.
   """
-  from simclr_jax import errors, files, jobs, preflight
+  from simclr_jax import errors, files, jobs, preflight, progress
 
   if job not in jobs.JOBS:
     raise errors.UserError(f"unknown job {job!r}{errors.nearest(job, jobs.JOBS)}; the jobs are {', '.join(jobs.JOBS)}.")
   workdir = files.absolute(workdir) if workdir else ""
   preflight.check(job, config, workdir)
-  import jax
+  with progress.alive():
+    progress.doing("loading JAX and TensorFlow")
+    import jax
 
-  from simclr_jax.training import telemetry
+    from simclr_jax.training import telemetry
 
-  telemetry.set_up_logging()
-  inputs = () if job in jobs.WITHOUT_CONFIG else (config,)
-  if config is not None and "float64" in (config.model.dtype, config.model.param_dtype):
-    jax.config.update("jax_enable_x64", True)
-  result = importlib.import_module(f"simclr_jax.jobs.{job}").run(*inputs, workdir, **options)
+    telemetry.set_up_logging()
+    inputs = () if job in jobs.WITHOUT_CONFIG else (config,)
+    if config is not None and "float64" in (config.model.dtype, config.model.param_dtype):
+      jax.config.update("jax_enable_x64", True)
+    module = importlib.import_module(f"simclr_jax.jobs.{job}")
+    progress.doing(f"{job}: preparing")
+    result = module.run(*inputs, workdir, **options)
   return {**result, "version": __version__} if isinstance(result, dict) else {"version": __version__}
 
 

@@ -128,6 +128,11 @@ def _finish(run, task, result):
     figures.curves(telemetry.read_rows(run.workdir), panels, curves, title=run.job)
     telemetry.log.info("%s: %s of %d held-out images", run.job, scores.shown(result), result["eval/examples"])
   own = result["eval/top1"], result["eval/examples"]
-  result = {**result, "eval/top1_interval": baselines.interval(*own), **task.compare(*own)}
-  telemetry.log.info("%s", telemetry.write_result(run.workdir, result))
+  result = {**result, "eval/top1_interval": baselines.interval(*own)}
+  # Written before the comparison too, which takes a while.
+  path = telemetry.write_result(run.workdir, result)
+  if compared := task.compare(*own):
+    result |= compared
+    telemetry.write_result(run.workdir, result)
+  telemetry.log.info("%s", path)
   return result

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from simclr_jax import experiment
+from simclr_jax import experiment, progress
 from simclr_jax.data import source
 from simclr_jax.evaluation import baselines, neighbours, selection
 from simclr_jax.evaluation.features import Features
@@ -52,7 +52,10 @@ def of_result(
   keys = run.config.baselines
   if not keys.train_images:
     return {}
+  progress.doing("comparing with pixels, colours and an untrained encoder")
   parts = known.sample(keys.train_images, run.config.seed), held_out.sample(keys.held_out_images, run.config.seed)
+  counts = [part.num_examples for part in parts]
+  telemetry.log.info("%s: measuring baselines on %d + %d images ...", run.job, *counts)
   untrained = simclr.Representation(run.network.encoder())
   params, batch_stats = run.variables(untrained)
 

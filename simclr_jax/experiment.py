@@ -151,6 +151,7 @@ class Experiment:
       images = self.divided(images)[int(split == parts.HELD_OUT)]
     return images.decoded() if data.resident else images
 
+  @functools.lru_cache(maxsize=2)  # noqa: B019  An experiment is one run's.
   def _opened(self, split: str) -> source.Source:
     data = self.config.data
     keys = {"cache": data.cache, "max_bad_share": data.max_bad_share, "num_examples": data.examples}

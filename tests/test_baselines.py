@@ -6,9 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
+from simclr_jax import config as config_lib
+from simclr_jax import experiment
 from simclr_jax.evaluation import baselines
 from simclr_jax.evaluation.baselines import CHANCE, COLORS, ENCODER, RANDOM, RAW, Score
 from simclr_jax.hardware import sharding
+from simclr_jax.jobs import pretrain
+from simclr_jax.training import telemetry
 from tests import runs
 
 
@@ -126,3 +130,19 @@ def test_finished_runs_of_pretrain_and_finetune_are_compared_too(pretrained, fin
   result = json.loads((folder / "result.json").read_text())
   assert result["verdict"].startswith("the classifier is ")
   assert set(result["baselines"]) == {RAW, COLORS, RANDOM, CHANCE}
+
+
+@pytest.mark.parametrize(
+  ("keys", "said"),
+  [
+    (["data.eval_split="], "there are no held-out images with labels (--config.data.holdout=0.2"),
+    (["baselines.train_images=0", "data.eval_split="], ""),
+  ],
+)
+def test_pretrain_says_before_it_trains_that_there_is_nothing_to_compare(keys, said, capfd):
+  typed = [*runs.TINY[1:], ON, *(f"--config.{key}" for key in keys)]
+  overrides = dict(entry.removeprefix("--config.").split("=", 1) for entry in typed)
+  this = experiment.Experiment(config_lib.load("cifar10", overrides), "pretrain")
+  telemetry.set_up_logging()
+  assert not pretrain._is_comparable(this)
+  assert said in capfd.readouterr().err

@@ -7,6 +7,7 @@ import re
 import signal
 
 import jax
+import jax.numpy as jnp
 import pytest
 from hidden import hide
 from plain_encoder import PlainEncoder
@@ -167,3 +168,13 @@ def test_the_table_of_the_docs_is_that_of_the_committed_plans():
   plans_table = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(plans_table)
   assert plans_table.main() in (ROOT / "docs" / "scale.md").read_text()
+
+
+def test_steps_on_this_cpu_are_timed_on_zeros():
+  def step(state, batch):
+    return state + jnp.sum(batch), {"loss": state}
+
+  at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32, sharding=at)
+  compiled = jax.jit(step, donate_argnums=0).lower(shape(), shape(4)).compile()
+  assert 0 < plan._seconds(compiled, shape(), shape(4)) < 10

@@ -9,7 +9,7 @@ from concurrent import futures
 import numpy as np
 import tensorflow as tf
 
-from simclr_jax import errors
+from simclr_jax import errors, progress
 from simclr_jax.data import decode, layout, pictures, stored
 from simclr_jax.data import source as source_lib
 
@@ -91,7 +91,9 @@ def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> t
       return -1, 0
 
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    kinds, sums = np.array(list(pool.map(decodes, paths)), np.int64).T
+    kinds, sums = np.array(
+      list(progress.counted(pool.map(decodes, paths), len(paths), "reading images", "image")), np.int64
+    ).T
   good, bad = np.flatnonzero(kinds >= 0), np.flatnonzero(kinds < 0).tolist()
   if len(bad) > request.max_bad_share * len(paths) or not len(good):
     raise errors.UserError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simclr_jax import errors
+from simclr_jax import errors, progress
 from simclr_jax.hardware import sharding
 
 # This process's rows: `image`, `label`, `index`, `mask` (0 marks padding, which is dropped). Every process has the same
@@ -60,6 +60,7 @@ def table_of(
 
   def read(variables, batches):
     parts = []
+    progress.doing("evaluating images")
     for rows in batches:
       batch = {key: rows[key] for key in ("image", "label", "mask")} | {"index": rows["index"].astype(np.int32)}
       part = compute(variables, sharding.global_batch(mesh, batch))

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn import linear_model, pipeline, preprocessing
 
-from simclr_jax import errors, optim, randomness
+from simclr_jax import errors, optim, progress, randomness
 from simclr_jax.data import balanced
 from simclr_jax.evaluation import scores
 from simclr_jax.hardware import sharding
@@ -86,7 +86,8 @@ def train_grid(
   start, run_epoch = _grid_functions(grid, _head(classes, x.dtype), x.shape, seed, weights, mesh)
   state = jax.jit(start, out_shardings=everywhere)(*cells)
   run_epoch = jax.jit(run_epoch, donate_argnums=0, out_shardings=everywhere)
-  for epoch in range(grid.epochs):
+  progress.doing("training linear classifiers")
+  for epoch in progress.counted(range(grid.epochs), grid.epochs, "linear classifiers", "epoch"):
     state = run_epoch(state, epoch, cells, x, y)
   return state[0]
 
@@ -183,6 +184,7 @@ def logistic_regression(
     return jax.tree.map(lambda leaf: leaf[np.argsort(order)], solved)
 
   strengths = sharding.replicate(np.asarray(path.l2_strengths, dtype)[order], mesh)
+  progress.doing("solving logistic regressions")
   params, ended = jax.jit(along_path, out_shardings=sharding.replicated(mesh))(strengths, *data)
   return params, jax.device_get(ended)
 

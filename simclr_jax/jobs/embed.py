@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from tqdm import auto as tqdm
 
 from simclr_jax import config as config_lib
-from simclr_jax import errors, experiment, files, inference
+from simclr_jax import errors, experiment, files, inference, progress
 from simclr_jax.data import inputs, source
 from simclr_jax.evaluation import features
 from simclr_jax.hardware import sharding
@@ -117,7 +117,7 @@ def _write_missing(
   missing = [(path, rows) for path, rows in parts if not path.exists()]
   total = sum(len(rows) for _, rows in missing)
   begin = time.monotonic()
-  with tqdm.tqdm(total=total, desc="embed", unit="image", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+  with progress.bar(total, "embed", "image") as bar:
     for path, rows in missing:
       held = images.consecutive(rows.start, rows.stop)
       table = table_of(frozen.variables, _counted(this.rows(held, shared=False)(), bar))

@@ -62,6 +62,7 @@ class Plan:
   exchanged: list[dict]  # By kind and purpose: calls and bytes of one device in one step.
   steps: int
   compile_seconds: float
+  step_seconds_measured: float | None = None  # On this machine's CPU, the mean of two steps without their input.
 
   @property
   def fits(self) -> bool:
@@ -136,7 +137,10 @@ def make(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:
   # Traced before it is compiled, since a wrong value in the config is found there.
   step_fn = this.step(this.contrastive(model, this.prepare_pairs), optimizer)
   traced = inputs.jit_step(step_fn, this.mesh, state).trace(state, batch)
-  memory, exchanged, needed = _compiled(traced, state, batch, devices[0].platform, this.mesh.size)
+  is_here = not topology and devices[0].platform == "cpu"
+  memory, exchanged, needed, measured = _compiled(
+    traced, state, batch, devices[0].platform, this.mesh.size, is_timed=is_here
+  )
   if memory is not None and config.data.resident:
     # As they are stored; of a data set that is not here, as the network sees them.
     memory["resident images"] = examples * (3 * config.data.image_size**2 + 4)
@@ -156,14 +160,18 @@ def make(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:
     step_seconds_at_peak=flops / (this.mesh.size * chip.flops / devices_per_chip) if chip else None,
     exchanged=exchanged,
     steps=optimizer.total_steps,
-    compile_seconds=round(time.monotonic() - begin, 1),
+    compile_seconds=round(time.monotonic() - begin - 3 * (measured or 0), 1),
+    step_seconds_measured=measured,
   )
 
 
 def _compiled(
-  traced: Any, state: state_lib.TrainState, batch: Any, platform: str, devices: int
-) -> tuple[dict[str, int] | None, list[dict[str, Any]], int]:
-  """Returns memory by kind (None where the step does not fit), what the devices exchange, and the bytes needed."""
+  traced: Any, state: state_lib.TrainState, batch: Any, platform: str, devices: int, *, is_timed: bool
+) -> tuple[dict[str, int] | None, list[dict[str, Any]], int, float | None]:
+  """Returns memory by kind (None where the step does not fit), what the devices exchange, and the bytes needed.
+
+  Also the seconds of a step, the mean of two, if `is_timed`.
+  """
   lowered = traced.lower(lowering_platforms=(platform,))
   try:
     compiled = lowered.compile()
@@ -174,9 +182,21 @@ def _compiled(
     if "HLO temporaries" in str(error):
       # Told before the compiler has placed state and batch; later its count has them.
       needed += cost.bytes_per_device((state, batch))
-    return None, [], needed
+    return None, [], needed, None
   memory = _memory_of(compiled.memory_analysis(), state, batch)
-  return memory, _exchanged(cost.collectives(compiled.as_text(), devices)), sum(memory.values())
+  seconds = _seconds(compiled, state, batch) if is_timed else None
+  return memory, _exchanged(cost.collectives(compiled.as_text(), devices)), sum(memory.values()), seconds
+
+
+def _seconds(step, state, batch):
+  """Returns the mean time of two steps, after one more, on zeros."""
+  zeros = lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+  state, batch = jax.tree.map(zeros, (state, batch))
+  for number in range(3):
+    if number == 1:
+      begin = time.monotonic()
+    state, _ = jax.block_until_ready(step(state, batch))
+  return (time.monotonic() - begin) / 2
 
 
 def batch_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -227,6 +247,10 @@ def table(plan: Plan, topology: str, mfu: float) -> str:
     row("step at the peak", f"{1e3 * plan.step_seconds_at_peak:10.1f} ms")
     row(f"step at {mfu:.0%} of it (assumed)", f"{1e3 * step:10.1f} ms, {rate:,.0f} images/s to be fed")
     row(f"run of {plan.steps:,} steps", f"{hours:10.1f} h")
+  if plan.step_seconds_measured is not None:
+    step = plan.step_seconds_measured
+    row("step on this CPU (two timed)", f"{1e3 * step:10.1f} ms, {plan.batch_size / step:,.0f} images/s")
+    row(f"run of {plan.steps:,} steps", f"{plan.steps * step / 3600:10.2f} h, without reading the images")
   return "\n".join(lines)
 
 

@@ -27,10 +27,9 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from tqdm import auto as tqdm
 
 from simclr_jax import config as config_lib
-from simclr_jax import errors, experiment, figures, files, inference
+from simclr_jax import errors, experiment, figures, files, inference, progress
 from simclr_jax.data import inputs, pictures, source, sources
 from simclr_jax.data import parts as splits
 from simclr_jax.evaluation import confusion, features
@@ -204,7 +203,7 @@ def _predict(this, found, images) -> Predictions:
   }
   read = features.table_of(rows_of, this.mesh)
   names, tables = [], []
-  bar = tqdm.tqdm(total=images.total, desc="predict", unit="image", dynamic_ncols=True, disable=jax.process_index() > 0)
+  bar = progress.bar(images.total, "predict", "image")
   with bar:
     for part in images.parts():
       table = read(found.variables, _counted(images.rows(part), bar))

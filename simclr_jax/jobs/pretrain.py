@@ -65,7 +65,7 @@ def run(
     state = state_lib.abstract(model, config.data.image_size, optimizer.tx, this.mesh, sharded=False)
     flops = this.network.passes * this.network.forward_flops(model, state)
     return profile.run(images, batch_size=config.batch_size, flops_per_image=flops, chip=chip, mfu=mfu)
-  pairs = _pairs_of(this, images)
+  pairs, is_comparable = _pairs_of(this, images), _is_comparable(this)
   options = {"evaluate": _evaluate_of(this, model, pairs.views), "profile_steps": profile_steps}
   options["class_names"] = train.class_names if model.linear_head else ()
   state = this.state(model, optimizer.tx)
@@ -82,8 +82,13 @@ def run(
   state, result = loop.train(state, step_fn, images, settings)
   if config.checkpoint:
     result = {**result, "checkpoint": config.checkpoint}
-  result = {**result, **_compared(this, state, result)}
+  if "eval/knn_top1" in result:
+    examples = int(result.get("eval/online_examples", this.held_out.num_examples))
+    result = {**result, "eval/top1_interval": baselines.interval(result["eval/knn_top1"], examples)}
   telemetry.write_result(workdir, result)
+  if is_comparable:
+    result = {**result, **_compared(this, state)}
+    telemetry.write_result(workdir, result)
   if draw:
     _draw(workdir, pairs, facts)
   return result
@@ -124,26 +129,31 @@ def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views
   return evaluate if parts else None
 
 
-def _compared(this: experiment.Experiment, state: state_lib.TrainState, result: dict[str, float]) -> dict[str, Any]:
-  """Returns what the encoder is worth beside baselines, by nearest neighbours; see `comparison.of_result`."""
-  config, found = this.config, {}
+def _is_comparable(this: experiment.Experiment) -> bool:
+  """Returns whether `_compared` has what it needs; says what is missing."""
+  if not this.config.baselines.train_images:
+    return False
   if not this.classes:
-    telemetry.log.info("pretrain: these images have no labels, so nothing says here what the encoder is worth.")
-    return found
-  if not config.data.eval_split or not this.held_out.num_classes:
-    telemetry.log.info("pretrain: no held-out image has a label, so nothing says here what the encoder is worth.")
-    return found
-  if "eval/knn_top1" in result:
-    examples = int(result.get("eval/online_examples", this.held_out.num_examples))
-    found["eval/top1_interval"] = baselines.interval(result["eval/knn_top1"], examples)
-  judge = comparison.neighbours_judge(this, this.classes, config.monitor.knn_neighbours, monitor.KNN_TEMPERATURE)
+    missing = "these images have no labels"
+  elif not this.has_held_out or not this.held_out.num_classes:
+    missing = "there are no held-out images with labels (--config.data.holdout=0.2 holds out a fifth)"
+  else:
+    return True
+  telemetry.log.info("pretrain: %s: the encoder is not compared with baselines.", missing)
+  return False
+
+
+def _compared(this: experiment.Experiment, state: state_lib.TrainState) -> dict[str, Any]:
+  """Returns what the encoder is worth beside baselines, by nearest neighbours; see `comparison.of_result`."""
+  keys = this.config.monitor
+  judge = comparison.neighbours_judge(this, this.classes, keys.knn_neighbours, monitor.KNN_TEMPERATURE)
   model = simclr.Representation(this.network.encoder())
 
   def encode(variables, images):
     return model.apply({**variables, "params": this.gather_params(variables["params"])}, images, train=False)
 
   own = {kind: {k: v for k, v in tree.items() if k == "encoder"} for kind, tree in state.variables.items()}
-  return {**found, **comparison.of_result(this, this.train, this.held_out, judge, encoder=(encode, own))}
+  return comparison.of_result(this, this.train, this.held_out, judge, encoder=(encode, own))
 
 
 def _pairs_of(this: experiment.Experiment, images: inputs.Input) -> Pairs:

@@ -23,7 +23,6 @@ diverges is such), 1 if one failed by a bug of ours. docs/studies.md has the pub
 import contextlib
 import gc
 import importlib
-import logging
 import signal
 import time
 import traceback
@@ -34,10 +33,9 @@ import jax
 import ml_collections
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
-from tqdm import auto as tqdm
 
 from simclr_jax import config as config_lib
-from simclr_jax import errors, experiment
+from simclr_jax import errors, experiment, progress
 from simclr_jax.jobs import pretrain
 from simclr_jax.studies import definitions, grid
 from simclr_jax.training import interruption, telemetry
@@ -65,8 +63,7 @@ def run(
     "study %s: %d cells, each pretrained and evaluated (%s), in %s", study, len(due), evaluation, workdir
   )
   bugs = []
-  options = {"desc": "study", "unit": "cell", "disable": not telemetry.log.isEnabledFor(logging.INFO)}
-  bar = tqdm.tqdm(total=len(due), dynamic_ncols=True, **options)
+  bar = progress.bar(len(due), "study", "cell")
   with _compiled_in(str(epath.Path(workdir) / "compiled")), _stopping(), bar:
     for number, labels in enumerate(due, 1):
       known = cells.refresh(labels)

@@ -106,7 +106,8 @@ def train(
         following = arguments(done - begin)
       state, metrics = step_fn(state, *following)
       out.tick(done - begin)
-      pace.dispatched(metrics, done - begin)
+      if (ready := pace.dispatched(metrics, done - begin)) is not None:
+        out.refresh(ready)
       rows.flush()  # The device works on this dispatch while the last due metrics are read.
       rows.add(begin, done, metrics)
       last = done == run.total_steps
@@ -142,17 +143,18 @@ class _Pace:
     self._waiting = collections.deque()
     self.steps = 1 if self._adapts else most
 
-  def dispatched(self, metrics: Metrics, count: int) -> None:
-    """Notes a dispatch of `count` steps; waits for an earlier one where too many are ahead."""
+  def dispatched(self, metrics: Metrics, count: int) -> Metrics | None:
+    """Notes a dispatch of `count` steps; waits for an earlier one where too many are ahead, and returns its metrics."""
     self._waiting.append((metrics, count))
     if len(self._waiting) <= AHEAD:
-      return
+      return None
     before, finished = self._waiting.popleft()
     jax.block_until_ready(before)
     now = time.monotonic()
     if self._adapts and self._clock is not None:
       self.steps = min(max(int(DISPATCH_SECONDS * finished / (now - self._clock)), 1), self._most)
     self._clock = now
+    return before
 
 
 class _Rows:

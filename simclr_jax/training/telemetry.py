@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from tqdm import auto as tqdm
 
-from simclr_jax import files
+from simclr_jax import files, progress
 from simclr_jax.hardware import chips
 from simclr_jax.version import __version__
 
@@ -85,6 +86,8 @@ class Telemetry:
   ):
     self._lead = jax.process_index() == 0
     self._shown = {**shown, **SPEED}
+    self._numbers: dict[str, str] = {}  # In the bar.
+    self._shown_at = -math.inf
     self._meter, self._peak = meter, chips.peak_of(meter.devices)
     self._dispatched = start_step
     # What counts for the next row: pieces that an evaluation ended, and the present piece since (time, step), which is
@@ -109,12 +112,16 @@ class Telemetry:
       self._tensorboard = metric_writers.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
     else:
       log.info("TensorFlow or clu is not installed: metrics go to %s only.", path)
-    bar = {"total": total_steps, "initial": start_step, "desc": title, "unit": "step", "smoothing": 0.1}
-    self._bar = tqdm.tqdm(**bar, dynamic_ncols=True, disable=log.level > logging.INFO)
-    self._bar.set_postfix_str("compiling the step")
+    self._bar = progress.bar(total_steps, title, "step", initial=start_step)
+    self.say("compiling, usually 30 s")
 
   def __enter__(self):
     return self
+
+  def say(self, what: str) -> None:
+    """Shows what the loop does beside stepping, until the next row."""
+    if self._lead:
+      self._bar.set_postfix_str(what)
 
   @contextlib.contextmanager
   def waiting_for(self, what: str) -> Iterator[None]:
@@ -134,7 +141,9 @@ class Telemetry:
       self._time += time.monotonic() - self._since[0]
       self._steps += self._dispatched - self._since[1]
     self._since, self._counts_from = None, self._dispatched + READY
+    self.say("evaluating")
     yield
+    self.say("")
 
   def tick(self, steps: int = 1) -> None:
     """So many more steps were dispatched."""
@@ -176,10 +185,22 @@ class Telemetry:
     self._rows.flush()
     if self._tensorboard:
       self._tensorboard.write_scalars(step, metrics)
+    self._show(metrics)
+
+  def refresh(self, metrics: Mapping[str, jax.Array]) -> None:
+    """Shows the training metrics of a step, which are ready, in the bar; at most once a second."""
+    if not self._lead or time.monotonic() - self._shown_at < progress.SECONDS:
+      return
+    last = {name: float(np.ravel(value)[-1]) for name, value in jax.device_get(dict(metrics)).items()}
+    self._show({f"train/{name}": value for name, value in last.items()})
+
+  def _show(self, metrics):
     text = lambda name, value: f"{value:.0%}" if name.endswith(("_share", "/mfu")) else f"{value:.3g}"
-    shown = {label: text(name, metrics[name]) for name, label in self._shown.items() if name in metrics}
-    if shown:
-      self._bar.set_postfix(shown)
+    new = {label: text(name, metrics[name]) for name, label in self._shown.items() if name in metrics}
+    if new:
+      self._numbers |= new
+      self._bar.set_postfix(self._numbers)
+      self._shown_at = time.monotonic()
 
   def __exit__(self, *exc):
     if self._lead:
