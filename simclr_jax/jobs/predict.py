@@ -213,9 +213,9 @@ def _predict(this, found, images) -> Predictions:
   if not tables:
     raise errors.UserError(f"none of the {images.total} images of {images.name} can be decoded; name others.")
   if images.unreadable:
-    telemetry.log.warning("predict: %d files cannot be decoded and are left out:", len(images.unreadable))
+    telemetry.log.warning("predict: files that cannot be decoded and are left out: %d", len(images.unreadable))
     for name, reason in itertools.islice(images.unreadable.items(), SHOWN):
-      telemetry.log.warning("  left out: %s: %s", name, reason)
+      telemetry.log.warning("  %s: %s", name, reason)
   whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
   return Predictions(tuple(names), images.label(whole["label"]), whole["probability"], images.unreadable)
 
