@@ -69,6 +69,9 @@ def load_classifier(
   `class_names`; names that an older checkpoint lacks are numbers. `config` is the training run's.
   UserError: there is no checkpoint, or it has no classifier.
   """
+  from simclr_jax import startup
+
+  startup.quiet()
   from simclr_jax import inference
 
   return inference.load_classifier(path)
@@ -82,6 +85,9 @@ def load_encoder(path: str) -> "tuple[Callable[[np.ndarray], np.ndarray], ml_col
   training run's, `path` its workdir or one of its checkpoints/STEP folders.
   UserError: there is no checkpoint, or it does not fit its config.
   """
+  from simclr_jax import startup
+
+  startup.quiet()
   from simclr_jax import inference
 
   return inference.load_encoder(path)

@@ -107,6 +107,15 @@ def test_evaluation_comes_at_its_interval_and_at_the_end(tmp_path, most):
   assert result == {"eval/step": 7}
 
 
+def test_what_watches_a_run_sees_its_rows_and_evaluations(tmp_path):
+  seen = []
+  watch = lambda step, row: seen.append((step, row.get("train/loss"), row.get("eval/w")))
+  evaluate = lambda state: {"eval/w": float(state.params["w"])}
+  run(tmp_path, steps=5, log_every_steps=2, watch=watch, evaluate=evaluate)
+  assert [entry[:2] for entry in seen if entry[1] is not None] == [(1, 0), (2, 1), (4, 6), (5, 10)]
+  assert [entry for entry in seen if entry[1] is None] == [(5, None, 10)]
+
+
 def test_a_diverged_run_stops_and_says_where(tmp_path):
   with pytest.raises(errors.UserError, match="train/loss is nan at step 3"):
     run(tmp_path, steps=9, data=lambda step: float("nan") if step == 2 else step)

@@ -9,6 +9,7 @@ from the last checkpoint. --config.checkpoint=RUN starts from a run's weights, w
 alone and says how many host threads it takes to feed a chip (--chip=v5e, --mfu=0.4 the share of its peak expected).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -199,7 +200,9 @@ def _draw(workdir: str, pairs: Pairs, facts: symptoms.Facts) -> None:
     "Collapse watch: effective rank": {"eval/rank_h": "of h, the encoder's", "eval/rank_z": "of z, the projection's"},
   }
   folder = epath.Path(workdir) / "figures"
-  levels = {CHANCE: {"guessing": facts.chance}} if facts.chance is not None else {}
+  levels = {}
+  if facts.chance is not None:
+    levels[CHANCE] = {f"guessing: ln {math.exp(facts.chance):.0f} = {facts.chance:.2f}": facts.chance}
   path = str(folder / "curves.png")
   figures.curves(telemetry.read_rows(workdir), panels, path, title="Pretraining", levels=levels)
   figures.view_pairs(views, str(folder / "view_pairs.png"))

@@ -52,7 +52,8 @@ def found(recent: Sequence[Row], evaluated: Row, facts: Facts) -> dict[str, str]
   if facts.chance is not None and _all(settled, "train/loss", lambda loss: loss > facts.chance):
     lines["loss"] = (
       f"The loss is {settled[-1]['train/loss']:.3g}, guessing gives {facts.chance:.3g} (of {facts.images} images): the "
-      "learning rate is probably too high; lower optimizer.base_learning_rate, or warm up for longer."
+      "learning rate is too high, or so low that training has hardly begun; try optimizer.base_learning_rate three "
+      "times lower and three times higher."
     )
   if facts.images > 4 and _all(settled, "train/contrast_acc", lambda share: share < NEAR / facts.images):
     lines["accuracy"] = (
