@@ -112,8 +112,9 @@ def home(tmp_path, monkeypatch, request, pretrained, finetuned, linear):
   made = {"cifar10": pretrained, "imagenet": pretrained, "mine": pretrained, "cifar10-1pct": finetuned}
   for name, run in made.items():
     (tmp_path / "runs" / name).symlink_to(run)
-  # Of these experiments' docstrings.
-  (tmp_path / "RUN").symlink_to(finetuned)
+  # Of docstrings: a teacher has a classifier, what is fine-tuned a projection head.
+  page = request.node.callspec.params["page"]
+  (tmp_path / "RUN").symlink_to(finetuned if "distill" in page.name else pretrained)
   monkeypatch.chdir(tmp_path)
   return tmp_path
 
