@@ -33,7 +33,7 @@ def get_config(variant: str = ""):
   c.loss.temperature = 0.2
   c.optimizer.base_learning_rate = 0.075
   c.optimizer.scaling = "sqrt"
-  c.optimizer.warmup_epochs = 10.0
+  c.optimizer.warmup_epochs = -1.0
   c.optimizer.weight_decay = 1e-4
   c.linear_eval.batch_size = 256
   if variant == "small":

@@ -28,6 +28,9 @@ from simclr_jax.training import state as state_lib
 # Rows of a run whose `log_every_steps` is 0.
 LOGGED_ROWS = 100
 
+# Epochs of a warm-up that is chosen here, the reference's.
+LONGEST_WARMUP = 10.0
+
 log = logging.getLogger("simclr_jax")
 
 # Jobs that train a classifier by a recipe of their own, a section of the config.
@@ -101,6 +104,7 @@ class Experiment:
       self._take({"data.image_size": checkpoint.open(config.checkpoint).config["data"]["image_size"]})
       missing.remove("data.image_size")
     if not missing:
+      self._measure_warmup()
       return
     keys, examples, found = config.measured, self.train.num_examples, []
     limits = measure.Limits(keys.image_size, keys.batch_size, keys.epochs, keys.images_seen)
@@ -110,14 +114,24 @@ class Experiment:
     if "batch_size" in missing:
       self._take({"batch_size": measure.batch_size(examples, limits)})
     if "total_epochs" in missing:
-      length, warmup = measure.epochs(examples, limits), config.optimizer.warmup_epochs
-      self._take({"total_epochs": length, "optimizer.warmup_epochs": min(warmup, length / 10)})
+      self._take({"total_epochs": measure.epochs(examples, limits)})
+    self._measure_warmup()
     common, is_most = measure.commonest(found) if found else (None, False)
     log.info(
       "folder: %d images%s -> image_size %d, batch_size %d, %g epochs, warm-up %g",
       *(examples, f", {'most' if is_most else 'commonest size'} {common[0]}x{common[1]}" if found else ""),
       *(config.data.image_size, config.batch_size, config.total_epochs, config.optimizer.warmup_epochs),
     )
+
+  def _measure_warmup(self) -> None:
+    """Chooses the warm-up of pretraining where it is -1."""
+    config = self.config
+    if config.optimizer.warmup_epochs >= 0:
+      return
+    length = config.total_epochs
+    if config.total_steps:
+      length = config.total_steps * config.batch_size / self.train.num_examples
+    self._take({"optimizer.warmup_epochs": min(LONGEST_WARMUP, length / 10)})
 
   def fit_batch(self, examples: int) -> None:
     """Lowers the recipe's batch size to what so many training images fill, and says so."""

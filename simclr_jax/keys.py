@@ -173,7 +173,10 @@ TREE: dict[str, Any] = {
     "margin": Key(0.8, "of the two margin losses", POSITIVE),
     "scale": Key(2.0, "times the paper's mean over 2N; the reference sums two means over N", POSITIVE),
   },
-  "optimizer": _optimizer("lars", 0.3, 10.0, 1e-6),
+  "optimizer": {
+    **_optimizer("lars", 0.3, 10.0, 1e-6),
+    "warmup_epochs": Key(10.0, "linear warm-up from zero; -1: a tenth of the run, at most 10", "[-1, 1e9]"),
+  },
   "memory": {
     "size": Key(0, "embeddings in the queue of negatives from earlier steps (v2 section 3.1: 65536); 0: none", WHOLE),
     "decay": Key(0.999, "of the moving average of the weights that embed them", BELOW_1),

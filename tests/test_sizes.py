@@ -86,7 +86,7 @@ def test_what_is_typed_is_not_measured(tmp_path):
     40,
     30,
     48,
-    10,
+    3,
   )
   typed |= {"total_epochs": 0, "measured.epochs": 20}
   short = experiment.Experiment(config_lib.load("folder", typed), "pretrain")
