@@ -206,7 +206,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], path: str, *, title: str
   if classes <= MOST_NAMES:
     axis.set_xticks(range(classes), [short(name) for name in names], rotation=90)
     axis.set_yticks(range(classes), [short(name) for name in names])
-    axis.tick_params(length=0, labelsize=9 if classes <= MOST_NUMBERS else 6)
+    axis.tick_params(length=0, labelsize=9 if classes <= MOST_NUMBERS else 7)
   axis.set(xlabel="predicted class", ylabel="true class")
   figure.colorbar(drawn, label="% of the true class's images", fraction=0.046, pad=0.04)
   _save(figure, path, title)
@@ -230,8 +230,8 @@ def captioned(images: Sequence[np.ndarray], captions: Sequence[str], path: str, 
 
 
 def short(name: str, most: int = 24) -> str:
-  """Returns a name, cut where it is longer than `most` letters."""
-  return name if len(name) <= most else f"{name[: most - 1]}…"
+  """Returns a name, cut in its middle where it is longer than `most` letters: names often differ at their ends."""
+  return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
 
 
 def _save(figure, path: str, title: str = "") -> None:

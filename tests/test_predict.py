@@ -199,7 +199,12 @@ def test_a_linear_evaluation_on_stored_features_leaves_its_classifier(pretrained
   worse = selection.GridChoice(0.1, 0.0, 0.0, 0.0, validation_top1=np.full((1, 1), -1.0))
   monkeypatch.setattr(selection, "choose_from_grid", lambda *_, **__: worse)
   settings = [f"checkpoint={pretrained}", "linear_eval.protocol=features", "head.evaluate_from=1"]
-  settings += ["probes.learning_rates=0.1", "probes.weight_decays=0", "probes.l2_strengths=1e-3"]
+  settings += [
+    "probes.learning_rates=0.1",
+    "probes.weight_decays=0",
+    "probes.l2_strengths=1e-3",
+    "linear_eval.class_weights=balanced",
+  ]
   assert command.main(["linear_eval", *(f"--config.{text}" for text in settings), f"--workdir={tmp_path}"]) == 0
   result = json.loads((tmp_path / "result.json").read_text())
   assert result["stored_classifier"] == "lbfgs"

@@ -119,8 +119,9 @@ class _Split:
   def parts(self) -> Iterator[source.Source]:
     yield self._images
 
-  def rows(self, part: source.Source) -> Iterator[inputs.Rows]:
-    return self._this.rows(part)()
+  def rows(self, part: source.Source, *, shared: bool = True) -> Iterator[inputs.Rows]:
+    """Returns one pass over a part; every process gets all rows where it is not shared."""
+    return self._this.rows(part, shared=shared)()
 
   def label(self, label: np.ndarray) -> np.ndarray:
     """Returns the model's number i32[N] of the data's classes."""
@@ -129,7 +130,7 @@ class _Split:
   def shown(self, names: Sequence[str], rows: np.ndarray) -> list[np.ndarray]:
     """Returns the images f32[size, size, 3] of some rows as the network sees them."""
     order = np.sort(rows)
-    found = _pixels(self.rows(self._images.take(order))) if len(rows) else []
+    found = _pixels(self.rows(self._images.take(order), shared=False)) if len(rows) else []
     return [found[np.searchsorted(order, row)] for row in rows]
 
 
@@ -159,11 +160,12 @@ class _Files:
       if part.num_examples:
         yield part
 
-  def rows(self, part: source.Source) -> Iterator[inputs.Rows]:
+  def rows(self, part: source.Source, *, shared: bool = True) -> Iterator[inputs.Rows]:
     config, devices = self._this.config, self._this.mesh.size
     # A few files do not wait for a whole batch of padding.
     batch_size = min(config.eval_batch_size, -(-self.total // devices) * devices)
-    return inputs.evaluation(part, config.data.image_size, batch_size=batch_size, is_resident=False)()
+    keys = {"batch_size": batch_size, "is_resident": False, "shared": shared}
+    return inputs.evaluation(part, config.data.image_size, **keys)()
 
   def label(self, label: np.ndarray) -> np.ndarray:
     return label
@@ -173,11 +175,11 @@ class _Files:
     return self._open(self._root, paths, self._names, pictures.Rule(data.white, data.background))
 
   def shown(self, names: Sequence[str], rows: np.ndarray) -> list[np.ndarray]:
-    return _pixels(self.rows(self._opened(names)[0])) if names else []
+    return _pixels(self.rows(self._opened(names)[0], shared=False)) if names else []
 
 
 def _pixels(batches):
-  """Returns the images of all rows in order, without padding; on several processes those of this one."""
+  """Returns the images of all rows in order, without padding."""
   return [image for rows in batches for image, real in zip(rows["image"], rows["mask"], strict=True) if real > 0]
 
 
@@ -203,7 +205,7 @@ def _predict(this, found, images) -> Predictions:
   }
   read = features.table_of(rows_of, this.mesh)
   names, tables = [], []
-  bar = progress.bar(images.total, "predict", "image")
+  bar = progress.bar(-(-images.total // jax.process_count()), "predict", "image")
   with bar:
     for part in images.parts():
       table = read(found.variables, _counted(images.rows(part), bar))
@@ -304,8 +306,7 @@ def _write_confusions(folder, counts, rows, class_names) -> None:
 def _draw(folder, counts, told, best, mistakes, shown, class_names) -> None:
   title = f"What is taken for what: {counts.sum()} images"
   figures.confusion(counts, class_names, str(folder / "confusion.png"), title=title)
-  # On several processes others hold some of the images.
-  if len(shown) and len(shown) == len(mistakes):
+  if shown:
     confidence = lambda row: f"{100 * told.probability[row, best[row]]:.0f} %"
     short = figures.short
     captions = [
