@@ -12,7 +12,7 @@ from pyarrow import parquet
 import simclr_jax
 from simclr_jax import __main__ as command
 from simclr_jax import errors, inference
-from simclr_jax.data import arrays, shapes
+from simclr_jax.data import arrays, image_files, shapes
 from simclr_jax.evaluation import confusion, scores, selection
 from simclr_jax.jobs import predict as job
 from simclr_jax.training import checkpoint
@@ -212,3 +212,20 @@ def test_a_linear_evaluation_on_stored_features_leaves_its_classifier(pretrained
   images, labels = shapes.draw("test", 80, 16, 0)
   assert np.mean(classify(images).argmax(1) == labels) == pytest.approx(result["eval/lbfgs_top1"])
   assert names == shapes.CLASS_NAMES
+
+
+def test_files_of_every_form_are_read_and_a_reason_is_given_for_the_others(tmp_path):
+  deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+  (tmp_path / "dog" / "cat").mkdir(parents=True)
+  Image.fromarray(deep).save(tmp_path / "dog" / "cat" / "deep.png")
+  Image.fromarray(np.uint8(deep // 257)).save(tmp_path / "dog" / "flat.tif")
+  (tmp_path / "text.jpg").write_text("no image")
+  root, paths = image_files.found(str(tmp_path))
+  images, bad = image_files.opened(root, paths, ("cat", "dog"))
+  assert images.names() == ("dog/cat/deep.png", "dog/flat.tif")
+  np.testing.assert_array_equal(images.labels(), [0, 1])
+  assert bad == {"text.jpg": "it is no image"}
+  first, second = images.decoded().images.astype(int)
+  np.testing.assert_allclose(first, second, atol=1)
+  assert image_files.found(str(tmp_path / "d*" / "*.tif")) == (str(tmp_path), ["dog/flat.tif"])
+  assert image_files.found(str(tmp_path / "text.jpg")) == (str(tmp_path), ["text.jpg"])

@@ -136,9 +136,9 @@ class Listed(Resident):
 
     def arguments(count):
       nonlocal begin
+      rows = np.stack([self.positions(step) for step in range(begin, begin + count)], axis=1)
       # Every dispatch has the same shapes; its unused steps repeat the last one.
-      steps = [begin + min(number, count - 1) for number in range(self.steps_per_dispatch)]
-      index, epoch = np.stack([self.positions(step) for step in steps], axis=1)
+      index, epoch = np.pad(rows, ((0, 0), (0, self.steps_per_dispatch - count), (0, 0)), mode="edge")
       listed = {"index": place(index), "epoch": place(epoch), "first": place(np.int32(begin))}
       begin += count
       return {**self.dataset, "listed": listed}, place(np.int32(count)), *constants

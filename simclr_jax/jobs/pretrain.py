@@ -101,7 +101,7 @@ def _facts(this: experiment.Experiment, model: simclr.SimCLR, optimizer: experim
   warmup = optim.warmup_steps(this.train.num_examples, config.optimizer.warmup_epochs, config.batch_size)
   chance = symptoms.chance_loss(config.loss.kind, config.batch_size, config.memory.size)
   classes = this.classes if model.linear_head else 0
-  return symptoms.Facts(config.batch_size, chance, classes, settled=max(warmup, steps // 10))
+  return symptoms.Facts(config.batch_size, chance, classes, settled=max(warmup, steps // 5))
 
 
 def _evaluate_of(this: experiment.Experiment, model: simclr.SimCLR, views: Views) -> loop.Evaluate | None:

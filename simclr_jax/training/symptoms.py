@@ -24,7 +24,7 @@ class Facts:
   images: int  # Of a batch, N.
   chance: float | None  # See `chance_loss`.
   classes: int = 0  # Of the online classifier; 0: there is none.
-  settled: int = 0  # Steps before which only the online classifier is judged: warm-up, and a tenth of the run.
+  settled: int = 0  # Steps before which only the online classifier is judged: warm-up, and a fifth of the run.
 
 
 def chance_loss(kind: str, images: int, queue: int = 0) -> float | None:
