@@ -25,8 +25,7 @@ import jax
 
 import simclr_jax
 from simclr_jax import config as config_lib
-from simclr_jax import errors, jobs, numbers
-from simclr_jax.keys import KEYS
+from simclr_jax import errors, jobs, keys, numbers
 
 # What these compute is of no use to a later run, so they need no folder of their own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}
@@ -194,6 +193,9 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> N
   _join(shared)
   if name in jobs.WITHOUT_CONFIG and ("config" in shared or overrides):
     raise errors.UserError(f"{name} takes no --config; see --help.")
+  if wrong := keys.unread(name, overrides):
+    own = next((f"; it has keys of its own, config.{key}*" for key in keys.READ[name] if key == f"{name}."), "")
+    raise errors.UserError(f"{name} does not read config.{wrong[0]}{own}; leave it out.")
   config = None if name in jobs.WITHOUT_CONFIG else config_lib.load(shared.get("config", ""), overrides)
   workdir = shared.get("workdir") or DEFAULT_WORKDIR.get(name, "")
   if not workdir and "profile_input" not in options:
@@ -229,7 +231,7 @@ def parse(name: str, args: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     option = arg.removeprefix("--").partition("=")[0]
     if not arg.startswith("--"):
       raise errors.UserError(f"unexpected argument {arg!r}; options look like --name=value.")
-    if option in KEYS:
+    if option in keys.KEYS:
       raise errors.UserError(f"unknown option --{option}; keys of the config have a prefix: --config.{arg[2:]}.")
     raise errors.UserError(f"unknown option --{option}{errors.nearest(option, known)}; see --help.")
   return options, overrides

@@ -293,3 +293,19 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # Every key by its dotted name, in the order of the help.
 KEYS: dict[str, Key] = flat(TREE)
+
+# Jobs that leave nothing for a later one to inherit, and the keys and sections (with a dot) that each reads.
+_OF_ALL = ("seed", "eval_batch_size", "checkpoint", "data.", "model.", "head.", "augment.", "sharding.")
+READ = {
+  "knn": (*_OF_ALL, "knn.", "labels.", "baselines."),
+  "transfer": (*_OF_ALL, "transfer."),
+  "embed": (*_OF_ALL, "embed."),
+  "predict": (*_OF_ALL, "predict."),
+}
+
+
+def unread(job: str, names: Collection[str]) -> list[str]:
+  """Returns those of some keys that a job does not read; none of a job whose config later ones take from its run."""
+  read = READ.get(job, ("",))
+  is_read = lambda name: any(name == key or key.endswith(".") and name.startswith(key) or not key for key in read)
+  return [name for name in names if name in KEYS and not is_read(name)]

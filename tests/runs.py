@@ -13,6 +13,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from simclr_jax import __main__ as command
+from simclr_jax import keys
 from simclr_jax.training import checkpoint, telemetry
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,9 +44,21 @@ TINY = [
 ]
 
 
+def read_by(name: str, options: list[str]) -> list[str]:
+  """Returns those options that a job reads, or leaves to later ones."""
+  key = lambda text: text.partition("=")[0].removeprefix("--config.")
+  unread = keys.unread(name, list(map(key, options)))
+  return [text for text in options if key(text) not in unread]
+
+
+def tiny(name: str) -> list[str]:
+  """Returns the options of TINY for a job."""
+  return read_by(name, TINY)
+
+
 def job(name: str, workdir, *more: str) -> pathlib.Path:
   """Runs a job of the tiny network in this process."""
-  assert command.main([name, *TINY, f"--workdir={workdir}", *more]) == 0
+  assert command.main([name, *tiny(name), f"--workdir={workdir}", *more]) == 0
   return pathlib.Path(workdir)
 
 

@@ -13,7 +13,7 @@ import pytest
 from hidden import hide
 from PIL import Image
 from pyarrow import parquet
-from runs import ROOT, TINY, job
+from runs import ROOT, job, tiny
 
 from simclr_jax import __main__ as command
 from simclr_jax import config as config_lib
@@ -45,7 +45,7 @@ def run(workdir, *more):
 
 def refused(capsys, workdir, *more):
   """Returns the message of a command that ends with exit code 2."""
-  assert command.main(["embed", *TINY, *OPTIONS, f"--workdir={workdir}", *more]) == 2
+  assert command.main(["embed", *tiny("embed"), *OPTIONS, f"--workdir={workdir}", *more]) == 2
   return capsys.readouterr().err.splitlines()[-1]
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import TINY, job
+from runs import job, tiny
 
 from simclr_jax import __main__ as command
 from simclr_jax import classifier, errors, experiment, inference, numbers
@@ -38,7 +38,7 @@ def test_knn_counts_every_combination_on_the_whole_split(pretrained, tmp_path, c
   ],
 )
 def test_a_mistake_in_knn_gets_one_line(tmp_path, capsys, override, said):
-  argv = [*TINY, "--config.checkpoint=random", f"--config.{override}", f"--workdir={tmp_path}"]
+  argv = [*tiny("knn"), "--config.checkpoint=random", f"--config.{override}", f"--workdir={tmp_path}"]
   assert command.main(["knn", *argv]) == 2
   err = capsys.readouterr().err
   assert said in err

@@ -89,6 +89,10 @@ MISTAKES = {
     ["pretrain", SMALL, IMAGES, "--batch_size=32", "--workdir=w"],
     "have a prefix: --config.batch_size=32.",
   ),
+  "a key of another job": (
+    ["knn", "--config.checkpoint=empty", "--config.optimizer.name=adam", "--workdir=w"],
+    "knn does not read config.optimizer.name; it has keys of its own, config.knn.*; leave it out",
+  ),
   "a job": (["pretrian", SMALL], 'unknown job .pretrian.; did you mean "pretrain"'),
 }
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
-from runs import TINY
+from runs import tiny
 
 from simclr_jax import __main__ as command
 from simclr_jax import inference
@@ -62,7 +62,12 @@ def no_encoder(monkeypatch):
 
 def argv(data_dir, workdir, datasets, **overrides):
   keys = {**KEYS, "data.dir": data_dir, "transfer.datasets": datasets, **overrides}
-  return ["transfer", *TINY, f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in keys.items())]
+  return [
+    "transfer",
+    *tiny("transfer"),
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in keys.items()),
+  ]
 
 
 def photo(value):

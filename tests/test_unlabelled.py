@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_encoder import PlainEncoder
-from runs import job
+from runs import job, read_by
 
 from simclr_jax import __main__ as command
 from simclr_jax import errors, losses
@@ -136,7 +136,7 @@ def test_a_job_gives_what_it_gives_without_unlabelled_images(pair, name, setting
   results = []
   for data in ("mixed", "clean"):
     options = [f"--config.{setting}" for setting in (*settings, f"data.dir={pair}/{data}.npz")]
-    workdir = job(name, pair / data, *TINY, *options)
+    workdir = job(name, pair / data, *read_by(name, TINY), *options)
     result = json.loads((workdir / "result.json").read_text())
     results.append({key: value for key, value in result.items() if "seconds" not in key})
   assert results[0] == results[1]
@@ -155,8 +155,8 @@ def test_a_job_that_finds_no_label_says_so(pair, capsys):
   none = dict(np.load(pair / "mixed.npz"))
   none["train_labels"] = none["train_labels"] * 0 - 1
   np.savez(pair / "none.npz", **none)
-  options = [*TINY, f"--config.data.dir={pair}/none.npz"]
-  argv = ["--config=cifar10", *options, "--config.checkpoint=random", "--config.data.image_size=16"]
+  argv = ["--config=cifar10", f"--config.data.dir={pair}/none.npz", "--config.checkpoint=random"]
   for name in ("finetune", "linear_eval", "knn"):
-    assert command.main([name, *argv, f"--workdir={pair}/{name}"]) == 2
+    options = [*read_by(name, TINY), "--config.data.image_size=16"]
+    assert command.main([name, *argv, *options, f"--workdir={pair}/{name}"]) == 2
     assert "none.npz (train): no image has a label (all are -1); name a split with labels." in capsys.readouterr().err
