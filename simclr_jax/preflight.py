@@ -49,9 +49,12 @@ def _check_data(job, data, only):
 
 
 def _check_workdir(workdir):
+  # A job that is refused for another mistake leaves no folder behind: the nearest one that is there is tried.
+  there = os.path.abspath(workdir)
+  while not os.path.lexists(there):
+    there = os.path.dirname(there)
   try:
-    os.makedirs(workdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
+    with tempfile.TemporaryFile(dir=there):
       pass
   except OSError as error:
     what = "is a file" if os.path.isfile(workdir) else f"cannot be written ({error.strerror})"
