@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import glob
 import os
 import pathlib
 import sys
@@ -11,21 +10,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# Before TensorFlow is imported anywhere: its start-up messages are of no use to our users.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from simclr_jax import startup
 
-# Without a TPU, libtpu would ask a metadata server what this host is, and complain.
-if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# Before TensorFlow or JAX is imported anywhere.
+startup.quiet()
 
-import jax
+import jax  # noqa: E402
 
-import simclr_jax
-from simclr_jax import config as config_lib
-from simclr_jax import errors, jobs, keys, numbers
+import simclr_jax  # noqa: E402
+from simclr_jax import config as config_lib  # noqa: E402
+from simclr_jax import errors, jobs, keys, numbers  # noqa: E402
 
 # What these compute is of no use to a later run, so they need no folder of their own.
 DEFAULT_WORKDIR = {"plan": "runs/plan", "bench": "runs/bench"}

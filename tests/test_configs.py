@@ -91,7 +91,16 @@ def test_the_fine_tunings_take_the_published_steps(variant, examples, steps, rat
   assert (recipe.optimizer.warmup_epochs, recipe.zero_init, keys.head.finetune_from) == (0.0, True, layer)
 
 
-READERS = ("config.py", "experiment.py", "network.py", "classifier.py", "comparison.py", "inference.py", "jobs/*.py")
+READERS = (
+  "config.py",
+  "experiment.py",
+  "splits.py",
+  "network.py",
+  "classifier.py",
+  "comparison.py",
+  "inference.py",
+  "jobs/*.py",
+)
 
 
 def test_every_key_is_read():
