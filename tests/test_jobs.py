@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from runs import ROOT, TINY, arrays, job, start, training_rows
+from runs import ROOT, TINY, arrays, job, read_by, start, training_rows
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_the_release_before_feeds_every_job(tmp_path, name):
   source = "distill.teacher" if name == "distill" else "checkpoint"
   short = ["--config.linear_eval.total_epochs=0.2", "--config.finetune.total_epochs=0.2"]
   more = [f"--config.{source}={OLD / 'pretrain'}", *short, "--config.distill.total_epochs=0.2"]
-  job(name, tmp_path, *more, "--config.distill.optimizer.warmup_epochs=0")
+  job(name, tmp_path, *read_by(name, [*more, "--config.distill.optimizer.warmup_epochs=0"]))
   assert json.loads((tmp_path / "result.json").read_text())["version"] == simclr_jax.__version__
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import plain_encoder
 import pytest
-from runs import TINY, arrays, job, training_rows
+from runs import TINY, arrays, job, read_by, training_rows
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -142,9 +142,9 @@ def test_it_is_a_teacher_and_a_student(tuned, tmp_path):
 @pytest.mark.slow
 def test_neighbours_files_and_plans_are_of_its_features(headless, tmp_path):
   frozen = [*PLAIN, *NO_HEAD, f"--config.checkpoint={headless}"]
-  job("knn", tmp_path / "knn", *frozen)
+  job("knn", tmp_path / "knn", *read_by("knn", frozen))
   assert result(tmp_path / "knn")["dimensions"] == 32
-  job("embed", tmp_path / "embed", *frozen)
+  job("embed", tmp_path / "embed", *read_by("embed", frozen))
   assert result(tmp_path / "embed")["dimension"] == 32
   job("plan", tmp_path / "plan", *PLAIN, *NO_HEAD)
   (plan,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["plans"]
