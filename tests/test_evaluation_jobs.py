@@ -30,7 +30,7 @@ def test_knn_counts_every_combination_on_the_whole_split(pretrained, tmp_path, c
 @pytest.mark.parametrize(
   ("override", "said"),
   [
-    ("knn.neighbours=5,81", "81 neighbours asked for and there are 80 training images; use 1 to 80"),
+    ("knn.neighbours=81", "81 neighbours asked for and there are 80 training images; use 1 to 80"),
     ("knn.neighbours=5,0", "config.knn.neighbours is '5,0'; give whole numbers above 0"),
     ("knn.neighbours=", "config.knn.neighbours is ''; give whole numbers"),
     ("knn.temperatures=0", "config.knn.temperatures is '0'; give numbers above 0"),

@@ -7,6 +7,7 @@ import pytest
 from simclr_jax import errors
 from simclr_jax.evaluation import neighbours
 from simclr_jax.hardware import sharding
+from simclr_jax.jobs import knn as knn_job
 
 EIGHT = pytest.mark.devices(8)
 MESHES = {"one device": lambda: None, "eight devices": sharding.data_mesh}
@@ -118,3 +119,9 @@ def test_with_nan_among_the_features_no_row_is_correct():
 def test_more_neighbours_than_there_are_images_are_refused(k):
   with pytest.raises(errors.UserError, match=f"{k} neighbours asked for and there are 413 training images; use 1 to"):
     neighbours.accuracies(*drawn(ties=False), neighbours=[3, k], temperatures=[0.1], classes=9)
+
+
+def test_numbers_of_neighbours_without_training_images_are_left_out():
+  assert knn_job._possible([10, 20, 100, 200], 80) == [10, 20]
+  with pytest.raises(errors.UserError, match="100 neighbours asked for and there are 80"):
+    knn_job._possible([100, 200], 80)

@@ -27,7 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   temperatures = numbers.floats("config.knn.temperatures", config.knn.temperatures)
   this = experiment.Experiment(config, "knn", workdir)
   train, held_out = this.labelled, this.held_out
-  neighbours.check(ks, train.num_examples)
+  ks = _possible(ks, train.num_examples)
   frozen = inference.representation(this)
   this.claim()
 
@@ -59,6 +59,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   result |= comparison.of_result(this, train, held_out, judge, encoder=(frozen.encode, frozen.variables))
   telemetry.log.info("%s", telemetry.write_result(workdir, result))
   return result
+
+
+def _possible(ks: list[int], examples: int) -> list[int]:
+  """Returns those numbers of neighbours for which there are training images; a UserError where there is none."""
+  fit = [k for k in ks if k <= examples]
+  neighbours.check(fit or ks, examples)
+  if len(fit) < len(ks):
+    left_out = ", ".join(str(k) for k in ks if k > examples)
+    telemetry.log.info("knn: %d training images are too few for %s neighbours, left out.", examples, left_out)
+  return fit
 
 
 def report(result: dict[str, Any]) -> str:
