@@ -121,3 +121,12 @@ def test_a_mistake_is_found_within_three_seconds(here):
     seconds.append(time.monotonic() - begin)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
   assert min(seconds) < 3
+
+
+def test_jobs_begin_without_messages_of_libraries(here):
+  """Where libtpu is installed and there is no TPU it has much to say when JAX looks for devices."""
+  program = "from simclr_jax import __main__\nimport jax\nprint(jax.devices()[0].platform)"
+  environment = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS"))}
+  environment |= {"PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  done = subprocess.run([sys.executable, "-c", program], cwd=here, env=environment, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
