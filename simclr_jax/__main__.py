@@ -195,7 +195,8 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> N
   if not workdir and "profile_input" not in options:
     raise errors.UserError(f"{name} has no --workdir; give the folder that its results should go to.")
   if config is not None and not shared.get("config") and jax.process_index() == 0:
-    print(f"{name}: from the checkpoint: {config_lib.changed(config, overrides) or 'the defaults'}", file=sys.stderr)
+    taken = config_lib.changed(config, overrides, name) or "the defaults"
+    print(f"{name}: from the checkpoint: {taken}", file=sys.stderr)
   simclr_jax.run(name, config, workdir, **options)
 
 

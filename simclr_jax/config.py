@@ -14,7 +14,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from simclr_jax import errors, files
+from simclr_jax import errors, files, keys
 from simclr_jax.data import order, transfer_sets
 from simclr_jax.keys import KEYS, TREE, Value, flat
 from simclr_jax.version import __version__
@@ -159,9 +159,9 @@ def inherited(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
   return config
 
 
-def changed(config: ml_collections.ConfigDict, typed: Mapping[str, Any]) -> str:
-  """Returns the keys that differ from the defaults and were not typed, "model.depth=18, ..." in one line."""
-  values = {name: get_key(config, name) for name in KEYS if name not in typed}
+def changed(config: ml_collections.ConfigDict, typed: Mapping[str, Any], job: str) -> str:
+  """Returns the keys that matter to a job, differ from the defaults and were not typed, "model.depth=18, ..."."""
+  values = {name: get_key(config, name) for name in KEYS if name not in typed and keys.matters(job, name)}
   return ", ".join(f"{name}={value}" for name, value in values.items() if value != KEYS[name].default)
 
 

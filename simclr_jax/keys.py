@@ -304,6 +304,12 @@ READ = {
 }
 
 
+def matters(job: str, name: str) -> bool:
+  """Returns whether a key changes what a job that starts from a checkpoint does; for what it prints."""
+  read = READ.get(job, (*_OF_ALL, f"{job}.", "labels."))
+  return any(name == key or key.endswith(".") and name.startswith(key) for key in read)
+
+
 def unread(job: str, names: Collection[str]) -> list[str]:
   """Returns those of some keys that a job does not read; none of a job whose config later ones take from its run."""
   read = READ.get(job, ("",))

@@ -181,7 +181,7 @@ def test_what_a_run_started_from_and_its_labels_are_not_inherited(finetuned, pre
   saved = {**config.to_dict(), "labels": {"fraction": 0.1, "seed": 3, "ids": "/x"}, "checkpoint": "/y"}
   after = config_lib.inherited(saved)
   assert (after.labels.to_dict(), after.checkpoint) == ({"fraction": 1.0, "seed": 0, "ids": ""}, "")
-  said = config_lib.changed(after, {"data.image_size": "16"})
+  said = config_lib.changed(after, {"data.image_size": "16"}, "finetune")
   assert "model.depth=10" in said
   assert "image_size" not in said
   assert "\n" not in said
