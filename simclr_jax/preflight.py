@@ -18,7 +18,9 @@ def check(job: str, config: Any, workdir: str) -> None:
 
   `config` is a ConfigDict, or None for jobs without one; `workdir` is "" for none. Object stores (gs://) are not asked.
   """
-  if config is not None and job not in OTHER_IMAGES and not (job == "predict" and config.predict.images):
+  if job == "predict" and config.predict.images:
+    _check_images(config.predict.images)
+  elif config is not None and job not in OTHER_IMAGES:
     only = {"embed": config.embed.split, "predict": config.predict.split}
     _check_data(job, config.data, only.get(job, ""))
   if workdir and "://" not in workdir:
@@ -46,6 +48,12 @@ def _check_data(job, data, only):
       f'no folder "{path}"; set --config.data.dir to the folder that holds the TFDS data sets, or leave it out for '
       "TFDS's own."
     )
+
+
+def _check_images(path):
+  is_pattern = any(letter in path for letter in "*?[")
+  if "://" not in path and not is_pattern and not os.path.exists(path):
+    raise errors.UserError(f'no file or folder "{path}" for config.predict.images; give one, or a pattern.')
 
 
 def _check_workdir(workdir):

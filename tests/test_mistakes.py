@@ -12,6 +12,8 @@ from PIL import Image
 from runs import ROOT
 
 from simclr_jax import __main__ as command
+from simclr_jax import config as config_lib
+from simclr_jax import errors, preflight
 
 SMALL = "--config=folder:small"
 IMAGES = "--config.data.dir=photos"
@@ -130,3 +132,11 @@ def test_jobs_begin_without_messages_of_libraries(here):
   environment |= {"PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   done = subprocess.run([sys.executable, "-c", program], cwd=here, env=environment, capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_images_to_predict_are_looked_for_first(here):
+  config = config_lib.load("cifar10", {"predict.images": "nowhere"})
+  with pytest.raises(errors.UserError, match='no file or folder ".*nowhere" for config.predict.images'):
+    preflight.check("predict", config, "")
+  for path in ("photos", "photos/cat/0.png", "photos/*/*.png", "gs://bucket/images"):
+    preflight.check("predict", config_lib.load("cifar10", {"predict.images": path}), "")
