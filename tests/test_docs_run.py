@@ -26,6 +26,7 @@ from simclr_jax.data import shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
 COMMANDS = ("simclr-jax", "python", "python3", "pip", "make", "launch/", "docker", "sh", "tensorboard", "git", "cd")
+COMMANDS += ("curl", "export", "pytest", "gcloud", "gsutil", "kubectl", "sbatch", "tfds", "uv", "conda")
 MARKER = re.compile(r"<!-- not run: (.+?) -->", re.DOTALL)
 
 # Of every run that is given an experiment; the batch has two steps of an epoch of the photographs.
@@ -36,7 +37,6 @@ SMALLER = [
   "--config.model.sk_ratio=0",
   "--config.total_steps=2",
   "--config.data.image_size=16",
-  "--config.memory.size=0",
 ]
 # Data sets that are not here.
 SHAPES = [
@@ -80,7 +80,8 @@ def blocks_of(page: pathlib.Path) -> list[Block]:
       assert kind in ("sh", "python", "json", "text", "yaml"), f"{page.name}: a fence of {kind or 'nothing'}"
     else:
       kind, body = "sh", re.sub(r"(?m)^    ", "", piece)
-      kind = kind if body.startswith(COMMANDS) else "text"
+      is_command = body.split()[0] in COMMANDS or body.startswith("launch/") or re.match(r"[A-Z_]+=\S+ ", body)
+      kind = kind if is_command else "text"
     if kind in ("sh", "python"):
       found.append(Block(kind, body, reason))
     reason = ""
@@ -128,8 +129,9 @@ def options_for(words: list[str]) -> list[str]:
   if not given:
     # The sizes come with the checkpoint, which was trained on 80 images.
     return ["--config.knn.neighbours=10,20"] if "knn" in words else []
+  queue = ["--config.memory.size=32"] if given[0].endswith("_memory") else []
   own_images = given[0].startswith("--config=folder") or any("data.source=arrays" in word for word in words)
-  return [*SMALLER, *([] if own_images else SHAPES)]
+  return [*SMALLER, *queue, *([] if own_images else SHAPES)]
 
 
 def run_command(words: list[str]) -> None:
