@@ -281,3 +281,12 @@ def test_fingerprints_are_of_names_labels_and_contents(tmp_path):
   assert images.fingerprint() == opened(root, cache=True).fingerprint() == images.decoded().fingerprint()
   assert images.take(np.array([0, 1])).fingerprint() != images.take(np.array([0, 2])).fingerprint()
   assert len(images.consecutive(1, 3).checksums) == 2
+
+
+def test_images_that_use_few_of_their_16_bits_are_noticed(tmp_path, caplog):
+  (tmp_path / "a.png").write_bytes(FORMS["12-bit PNG"][0])
+  opened(tmp_path)
+  assert "the brightest pixel of these is 4 of 255; give --config.data.white=VALUE" in caplog.text
+  caplog.clear()
+  opened(tmp_path, pictures=pictures.Rule(white=1000))
+  assert "brightest" not in caplog.text

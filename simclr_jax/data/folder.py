@@ -16,6 +16,9 @@ from simclr_jax.data import source as source_lib
 # Classes that a line of the log lists.
 LISTED = 20
 
+# Below it converted images are hardly seen.
+DARK = 64
+
 log = logging.getLogger("simclr_jax")
 
 
@@ -77,15 +80,18 @@ def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> t
   Logs the others, and raises where they are too many.
   """
 
+  brightest = 0
+
   def decodes(path):
     """Returns (0 for a plain image, 1 for another one that decodes, -1 for one that does not; its checksum)."""
+    nonlocal brightest
     try:
       with tf.io.gfile.GFile(os.path.join(root, path), "rb") as file:
         content = file.read()
       if is_plain := pictures.is_plain(content):
         decode.decode_image(content)
       else:
-        pictures.rgb(content, request.pictures)
+        brightest = max(brightest, int(pictures.rgb(content, request.pictures).max()))
       return int(not is_plain), zlib.crc32(content)
     except (*pictures.BROKEN, tf.errors.OpError):
       return -1, 0
@@ -109,4 +115,9 @@ def _readable(root: str, paths: Sequence[str], request: source_lib.Request) -> t
     first = paths[good[np.argmax(odd)]]
     log.info("%s: %d images are 16-bit, transparent, rotated or not JPEG, PNG or BMP (%s); they are converted.",
              root, odd.sum(), first)  # fmt: skip
+  if odd.any() and brightest < DARK:
+    line = (
+      "%s: the brightest pixel of these is %d of 255; give --config.data.white=VALUE, their largest value such as 4095."
+    )
+    log.warning(line, root, brightest)
   return good.tolist(), odd, sums[good].tolist()
