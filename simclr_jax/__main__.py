@@ -188,8 +188,8 @@ def _run_job(name: str, options: dict[str, Any], overrides: dict[str, str]) -> N
   if name in jobs.WITHOUT_CONFIG and ("config" in shared or overrides):
     raise errors.UserError(f"{name} takes no --config; see --help.")
   if wrong := keys.unread(name, overrides):
-    own = next((f"; it has keys of its own, config.{key}*" for key in keys.READ[name] if key == f"{name}."), "")
-    raise errors.UserError(f"{name} does not read config.{wrong[0]}{own}; leave it out.")
+    readers = ", ".join(job for job in keys.READ if not keys.unread(job, wrong[:1]))
+    raise errors.UserError(f"{name} does not read config.{wrong[0]}; it is for {readers}. Leave it out.")
   config = None if name in jobs.WITHOUT_CONFIG else config_lib.load(shared.get("config", ""), overrides)
   workdir = shared.get("workdir") or DEFAULT_WORKDIR.get(name, "")
   if not workdir and "profile_input" not in options:

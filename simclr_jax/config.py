@@ -246,6 +246,8 @@ def claim(
   if path.exists():
     stored = json.loads(path.read_text())
     # Completed, so that the message gives the default of a key that is younger than the run rather than None.
+    # An earlier release took keys that the job does not read.
+    free = (*free, *keys.unread(job, KEYS))
     ours, theirs = {"job": job, **config}, completed({"job": stored["job"], **stored["config"]}).to_dict()
     if name := difference(ours, theirs, free):
       was, now = (flat(tree).get(name) for tree in (theirs, ours))

@@ -294,9 +294,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # Every key by its dotted name, in the order of the help.
 KEYS: dict[str, Key] = flat(TREE)
 
-# Jobs that leave nothing for a later one to inherit, and the keys and sections (with a dot) that each reads.
-_OF_ALL = ("seed", "eval_batch_size", "checkpoint", "data.", "model.", "head.", "augment.", "sharding.")
+# The keys and sections (with a dot) that each job reads; one that is not here may read all.
+_OF_ALL = ("seed", "eval_batch_size", "checkpoint", "data.", "model.", "head.", "augment.", "sharding.", "measured.")
+_SAVES = ("checkpoint_every_epochs", "checkpoint_every_steps", "checkpoint_every_seconds", "keep_checkpoints")
+_TRAINING = (*_OF_ALL, "log_every_steps", *_SAVES, "keep_every_epochs")
+_PRETRAINING = ("batch_size", "total_epochs", "total_steps", "micro_batches", "optimizer.", "loss.", "memory.")
 READ = {
+  "pretrain": (*_TRAINING, *_PRETRAINING, "evaluate_every_epochs", "monitor.", "baselines."),
+  "linear_eval": (*_TRAINING, "linear_eval.", "probes.", "labels.", "baselines."),
+  "finetune": (*_TRAINING, "finetune.", "labels.", "baselines."),
+  "distill": (*_TRAINING, "distill.", "labels."),
   "knn": (*_OF_ALL, "knn.", "labels.", "baselines."),
   "transfer": (*_OF_ALL, "transfer."),
   "embed": (*_OF_ALL, "embed."),
@@ -304,14 +311,15 @@ READ = {
 }
 
 
-def matters(job: str, name: str) -> bool:
-  """Returns whether a key changes what a job that starts from a checkpoint does; for what it prints."""
-  read = READ.get(job, (*_OF_ALL, f"{job}.", "labels."))
-  return any(name == key or key.endswith(".") and name.startswith(key) for key in read)
+def _is_read(job, name):
+  return job not in READ or any(name == key or key.endswith(".") and name.startswith(key) for key in READ[job])
 
 
 def unread(job: str, names: Collection[str]) -> list[str]:
-  """Returns those of some keys that a job does not read; none of a job whose config later ones take from its run."""
-  read = READ.get(job, ("",))
-  is_read = lambda name: any(name == key or key.endswith(".") and name.startswith(key) or not key for key in read)
-  return [name for name in names if name in KEYS and not is_read(name)]
+  """Returns those of some keys that a job does not read."""
+  return [name for name in names if name in KEYS and not _is_read(job, name)]
+
+
+def matters(job: str, name: str) -> bool:
+  """Returns whether a key changes what a job that starts from a checkpoint does, for what it prints."""
+  return _is_read(job, name) and name not in _SAVES and not name.startswith("measured.")

@@ -56,6 +56,11 @@ def tiny(name: str) -> list[str]:
   return read_by(name, TINY)
 
 
+def sizes(name: str) -> list[str]:
+  """Returns the options of TINY that a job has for itself, beside what comes with a checkpoint."""
+  return [text for text in tiny(name) if text.startswith(f"--config.{name}.")]
+
+
 def job(name: str, workdir, *more: str) -> pathlib.Path:
   """Runs a job of the tiny network in this process."""
   assert command.main([name, *tiny(name), f"--workdir={workdir}", *more]) == 0
@@ -65,7 +70,7 @@ def job(name: str, workdir, *more: str) -> pathlib.Path:
 def start(workdir, *more: str) -> subprocess.Popen:
   """Starts a pretraining process of its own, with one device and the compiler's options of this one."""
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-  argv = [sys.executable, "-m", "simclr_jax", "pretrain", *TINY, f"--workdir={workdir}", *more]
+  argv = [sys.executable, "-m", "simclr_jax", "pretrain", *tiny("pretrain"), f"--workdir={workdir}", *more]
   return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -127,7 +132,8 @@ def linear(pretrained, shared_folder) -> pathlib.Path:
   folder = shared_folder / "linear"
   with only_once(folder) as to_make:
     if to_make:
-      assert command.main(["linear_eval", f"--config.checkpoint={pretrained}", f"--workdir={folder}"]) == 0
+      argv = ["linear_eval", f"--config.checkpoint={pretrained}", f"--workdir={folder}", *sizes("linear_eval")]
+      assert command.main(argv) == 0
   return folder
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from runs import TINY, job
+from runs import job, tiny
 from sklearn import linear_model
 from sklearn.utils import class_weight
 
@@ -160,7 +160,7 @@ def test_a_balanced_run_continues_bit_for_bit(pretrained, tmp_path):
 )
 def test_what_cannot_be_balanced_gets_one_line(tmp_path, capsys, name, settings, words):
   overrides = [f"--config.{text}" for text in settings]
-  assert command.main([name, *TINY, f"--workdir={tmp_path}", *overrides]) == 2
+  assert command.main([name, *tiny(name), f"--workdir={tmp_path}", *overrides]) == 2
   assert words in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -18,7 +18,7 @@ import shlex
 import numpy as np
 import pytest
 from PIL import Image
-from runs import ROOT, TINY
+from runs import ROOT, TINY, read_by, sizes
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -127,11 +127,11 @@ def options_for(words: list[str]) -> list[str]:
     return [*SMALLER, *SHAPES, "--rows=crop", "--columns=color"]
   given = [word for word in words if word.startswith("--config=")]
   if not given:
-    # The sizes come with the checkpoint, which was trained on 80 images.
-    return ["--config.knn.neighbours=10,20"] if "knn" in words else []
+    # The other sizes come with the checkpoint.
+    return sizes(words[1])
   queue = ["--config.memory.size=32"] if given[0].endswith("_memory") else []
   own_images = given[0].startswith("--config=folder") or any("data.source=arrays" in word for word in words)
-  return [*SMALLER, *queue, *([] if own_images else SHAPES)]
+  return read_by(words[1], [*SMALLER, *queue, *([] if own_images else SHAPES)])
 
 
 def run_command(words: list[str]) -> None:
@@ -157,7 +157,7 @@ def small_configs():
   load = simclr_jax.load_config
 
   def smaller(name, **overrides):
-    more = [*options_for([f"--config={name}"])]
+    more = [*options_for(["simclr-jax", "pretrain", f"--config={name}"])]
     typed = dict(word.removeprefix("--config.").split("=", 1) for word in more)
     return load(name, **{**overrides, **typed})
 

@@ -13,7 +13,7 @@ import runs
 import small_step
 import trajectories
 from PIL import Image
-from runs import TINY, job, training_rows
+from runs import job, tiny, training_rows
 
 from simclr_jax import __main__ as command
 from simclr_jax import errors
@@ -253,5 +253,5 @@ def test_without_a_config_the_student_is_built_like_the_teacher(tuned, tmp_path)
 )
 def test_what_does_not_fit_is_said_in_one_line(pretrained, tmp_path, capsys, name, settings, words):
   overrides = options(*(text.replace("RUN", str(pretrained)) for text in settings))
-  assert command.main([name, *TINY, f"--workdir={tmp_path}", *overrides]) == 2
+  assert command.main([name, *tiny(name), f"--workdir={tmp_path}", *overrides]) == 2
   assert words in capsys.readouterr().err

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from runs import ROOT, TINY, arrays, job, read_by, start, training_rows
+from runs import ROOT, TINY, arrays, job, read_by, start, tiny, training_rows
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -136,13 +136,13 @@ def test_an_encoder_loads_in_one_line(pretrained):
   ("override", "named"), [("model.width=0.125", "config.model.width"), ("model.depth=18", "depth")]
 )
 def test_a_checkpoint_of_another_architecture_is_refused(pretrained, tmp_path, capsys, override, named):
-  argv = [*TINY, f"--config.checkpoint={pretrained}", f"--config.{override}", f"--workdir={tmp_path}"]
+  argv = [*tiny("linear_eval"), f"--config.checkpoint={pretrained}", f"--config.{override}", f"--workdir={tmp_path}"]
   assert command.main(["linear_eval", *argv]) == 2
   assert named in capsys.readouterr().err
 
 
 def test_a_workdir_that_holds_another_run_is_refused(pretrained, capsys):
-  assert command.main(["pretrain", *TINY, f"--workdir={pretrained}", "--config.total_steps=7"]) == 2
+  assert command.main(["pretrain", *tiny("pretrain"), f"--workdir={pretrained}", "--config.total_steps=7"]) == 2
   said = capsys.readouterr().err
   assert "total_steps was 6, now is 7" in said
   assert f"to train for longer, start from its weights: another --workdir and --config.checkpoint={pretrained}" in said
@@ -169,7 +169,7 @@ def test_pretraining_starts_from_the_weights_of_a_run(pretrained, tmp_path, out_
 
 
 def test_pretraining_from_a_run_that_is_not_there_is_refused(tmp_path, capsys):
-  argv = [*TINY, f"--config.checkpoint={tmp_path}/none", f"--workdir={tmp_path}/run"]
+  argv = [*tiny("pretrain"), f"--config.checkpoint={tmp_path}/none", f"--workdir={tmp_path}/run"]
   assert command.main(["pretrain", *argv]) == 2
   assert "does not exist" in capsys.readouterr().err
 
@@ -190,7 +190,14 @@ def test_what_a_run_started_from_and_its_labels_are_not_inherited(finetuned, pre
 @pytest.mark.parametrize("resident", ["true", "false"])
 def test_the_input_is_profiled_alone(capsys, monkeypatch, resident):
   monkeypatch.setattr(profile, "SECONDS", 0.1)
-  argv = ["pretrain", *TINY, "--profile_input", "--chip=v5e", "--mfu=0.5", f"--config.data.resident={resident}"]
+  argv = [
+    "pretrain",
+    *tiny("pretrain"),
+    "--profile_input",
+    "--chip=v5e",
+    "--mfu=0.5",
+    f"--config.data.resident={resident}",
+  ]
   assert command.main(argv) == 0
   said = capsys.readouterr().out
   needed = 0.5 * 197e12 / (3 * 2 * 2 * MULTIPLY_ADDS)
@@ -209,8 +216,7 @@ def test_the_input_is_profiled_alone(capsys, monkeypatch, resident):
 def test_a_run_of_the_release_before_continues(tmp_path):
   # Run with 0.1.0 to step 6; what is kept is its folder as it stood at step 3, and the six losses.
   shutil.copytree(OLD / "pretrain", tmp_path / "run")
-  typed = [option for option in TINY if not option.startswith(("--config.distill.", "--config.knn."))]
-  argv = [*typed, "--config.total_steps=6", "--config.checkpoint_every_steps=3", f"--workdir={tmp_path}/run"]
+  argv = [*tiny("pretrain"), "--config.total_steps=6", "--config.checkpoint_every_steps=3", f"--workdir={tmp_path}/run"]
   assert command.main(["pretrain", *argv]) == 0
   wanted = json.loads((OLD / "losses.json").read_text())
   rows = training_rows(tmp_path / "run")
@@ -246,12 +252,12 @@ def test_a_job_runs_from_python_too(pretrained, tmp_path, monkeypatch):
 
 
 def test_a_profile_for_an_unknown_chip_is_refused(capsys):
-  assert command.main(["pretrain", *TINY, "--profile_input", "--chip=v5q"]) == 2
+  assert command.main(["pretrain", *tiny("pretrain"), "--profile_input", "--chip=v5q"]) == 2
   assert "unknown chip 'v5q'; did you mean \"v5p\"?; use one of" in capsys.readouterr().err
 
 
 def test_steps_to_profile_are_two_numbers(tmp_path, capsys):
-  assert command.main(["pretrain", *TINY, f"--workdir={tmp_path}", "--profile_steps=10"]) == 2
+  assert command.main(["pretrain", *tiny("pretrain"), f"--workdir={tmp_path}", "--profile_steps=10"]) == 2
   assert "--profile_steps=10 is not FIRST,LAST" in capsys.readouterr().err
 
 
@@ -344,7 +350,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     "-m",
     "simclr_jax",
   ]
-  together += ["pretrain", *TINY, "--workdir=two", *settings]
+  together += ["pretrain", *tiny("pretrain"), "--workdir=two", *settings]
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   done = subprocess.run(together, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr

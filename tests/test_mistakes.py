@@ -93,7 +93,7 @@ MISTAKES = {
   ),
   "a key of another job": (
     ["knn", "--config.checkpoint=empty", "--config.optimizer.name=adam", "--workdir=w"],
-    "knn does not read config.optimizer.name; it has keys of its own, config.knn.*; leave it out",
+    "knn does not read config.optimizer.name; it is for pretrain. Leave it out",
   ),
   "a job": (["pretrian", SMALL], 'unknown job .pretrian.; did you mean "pretrain"'),
 }

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import TINY
+from runs import tiny
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -25,7 +25,7 @@ def home(pretrained, tmp_path, monkeypatch):
 def test_pretraining_takes_a_relative_workdir(home):
   # Done before: the same command, typed beside the run, takes no step.
   more = ["--config.total_steps=6", "--config.keep_checkpoints=9", "--config.checkpoint_every_steps=3"]
-  assert command.main(["pretrain", *TINY, *more, "--workdir=runs/tiny"]) == 0
+  assert command.main(["pretrain", *tiny("pretrain"), *more, "--workdir=runs/tiny"]) == 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import plain_encoder
 import pytest
-from runs import TINY, arrays, job, read_by, training_rows
+from runs import arrays, job, read_by, tiny, training_rows
 
 import simclr_jax
 from simclr_jax import __main__ as command
@@ -44,7 +44,7 @@ def headless(registered, tmp_path_factory):
 def tuned(headless, tmp_path_factory):
   """A fine-tuning of `headless`, with all of the network."""
   folder = tmp_path_factory.mktemp("tuned")
-  return job("finetune", folder, *PLAIN, *NO_HEAD, f"--config.checkpoint={headless}")
+  return job("finetune", folder, *read_by("finetune", PLAIN), *NO_HEAD, f"--config.checkpoint={headless}")
 
 
 def result(workdir):
@@ -92,7 +92,7 @@ def test_the_encoder_loads_in_one_line(run, request):
 @pytest.mark.parametrize("run", ["plain", "headless"])
 def test_a_linear_classifier_learns_on_the_frozen_encoder(run, request, tmp_path):
   workdir = request.getfixturevalue(run)
-  options = [*PLAIN, *(NO_HEAD if run == "headless" else ["--config.head.evaluate_from=1"])]
+  options = [*read_by("linear_eval", PLAIN), *(NO_HEAD if run == "headless" else ["--config.head.evaluate_from=1"])]
   job("linear_eval", tmp_path, *options, f"--config.checkpoint={workdir}", "--config.linear_eval.total_epochs=0.4")
   assert result(tmp_path)["eval/examples"] == 80
   before, after = model_arrays(workdir), model_arrays(tmp_path)
@@ -105,7 +105,8 @@ def test_a_linear_classifier_learns_on_the_frozen_encoder(run, request, tmp_path
 def test_classifiers_of_features_and_stored_ones_are_counted(headless, tuned, tmp_path):
   probes = ["epochs=2", "batch_size=16", "lbfgs_steps=3", "lbfgs_tolerance=10.0", "learning_rates=0.1", "passes=2"]
   probes += ["weight_decays=0.0", "l2_strengths=1e-2"]
-  options = [*PLAIN, *NO_HEAD, *(f"--config.probes.{key}" for key in probes), f"--config.checkpoint={headless}"]
+  options = [*read_by("linear_eval", PLAIN), *NO_HEAD, f"--config.checkpoint={headless}"]
+  options += [f"--config.probes.{key}" for key in probes]
   job("linear_eval", tmp_path / "features", *options, "--config.linear_eval.protocol=features")
   assert result(tmp_path / "features")["eval/examples"] == 80
   argv = [f"--config.checkpoint={tuned}", "--config.linear_eval.protocol=stored", f"--workdir={tmp_path}/stored"]
@@ -126,14 +127,14 @@ def test_finetuning_freezes_the_stages_up_to_the_one_named(headless, tuned, tmp_
   for after_block, learning in ((0, {"block1", "block2"}), (1, {"block2"})):
     workdir = tmp_path / str(after_block)
     options = [f"--config.checkpoint={headless}", f"--config.finetune.after_block={after_block}"]
-    job("finetune", workdir, *PLAIN, *NO_HEAD, *options, "--config.finetune.total_epochs=0.2")
+    job("finetune", workdir, *read_by("finetune", PLAIN), *NO_HEAD, *options, "--config.finetune.total_epochs=0.2")
     assert stages_that_changed(before, model_arrays(workdir)) == learning
 
 
 @pytest.mark.slow
 def test_it_is_a_teacher_and_a_student(tuned, tmp_path):
   options = ["--config.distill.total_epochs=0.2", "--config.distill.label_weight=0.5"]
-  job("distill", tmp_path, *PLAIN, *NO_HEAD, *options, f"--config.distill.teacher={tuned}")
+  job("distill", tmp_path, *read_by("distill", PLAIN), *NO_HEAD, *options, f"--config.distill.teacher={tuned}")
   assert checkpoint.open(str(tmp_path)).config["model"]["encoder"] == "plain"
   assert result(tmp_path)["eval/examples"] == 80
   assert len(model_arrays(tmp_path)) == len(model_arrays(tuned))
@@ -155,7 +156,7 @@ def test_neighbours_files_and_plans_are_of_its_features(headless, tmp_path):
 
 
 def test_an_unknown_encoder_gets_the_nearest_name(capsys, tmp_path):
-  assert command.main(["pretrain", *TINY, "--config.model.encoder=plane", f"--workdir={tmp_path}"]) == 2
+  assert command.main(["pretrain", *tiny("pretrain"), "--config.model.encoder=plane", f"--workdir={tmp_path}"]) == 2
   assert "config.model.encoder is 'plane'; did you mean \"plain\"?; use resnet" in capsys.readouterr().err
   assert config_lib.load("cifar10", {"model.encoder": "plain"}).model.encoder == "plain"
   assert isinstance(encoders.build({"encoder": "plain"}), plain_encoder.PlainEncoder)

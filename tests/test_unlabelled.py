@@ -146,7 +146,7 @@ def test_a_job_gives_what_it_gives_without_unlabelled_images(pair, name, setting
 @pytest.mark.slow
 def test_pretraining_counts_labelled_images_alone(pair):
   options = ["--config.total_steps=1", f"--config.data.dir={pair}/mixed.npz", "--config.monitor.knn_images=80"]
-  result = json.loads((job("pretrain", pair / "run", *TINY, *options) / "result.json").read_text())
+  result = json.loads((job("pretrain", pair / "run", *read_by("pretrain", TINY), *options) / "result.json").read_text())
   assert result["eval/online_examples"] == len(np.load(pair / "clean.npz")["test_labels"])
   assert 0 <= result["eval/knn_top1"] <= 1
 
