@@ -1,4 +1,4 @@
-"""Mistakes in paths, found before the slow imports: of the data and the workdir. Imports neither JAX nor TensorFlow."""
+"""Mistakes in paths, found before the slow imports: of data, checkpoints and the workdir. Imports no TensorFlow."""
 
 import contextlib
 import os
@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from simclr_jax import config as config_lib
 from simclr_jax import errors
-from simclr_jax.data import layout, parts
+from simclr_jax.data import layout, parts, transfer_sets
 
 # These read other images than `data.dir`, or none.
 OTHER_IMAGES = ("transfer", "plan", "study")
@@ -18,6 +19,9 @@ def check(job: str, config: Any, workdir: str) -> None:
 
   `config` is a ConfigDict, or None for jobs without one; `workdir` is "" for none. Object stores (gs://) are not asked.
   """
+  if config is not None:
+    for name in ("checkpoint", "distill.teacher"):
+      _check_run(name, config_lib.get_key(config, name))
   if job == "predict" and config.predict.images:
     _check_images(config.predict.images)
   elif config is not None and job not in OTHER_IMAGES:
@@ -25,6 +29,12 @@ def check(job: str, config: Any, workdir: str) -> None:
     _check_data(job, config.data, only.get(job, ""))
   if workdir and "://" not in workdir:
     _check_workdir(workdir)
+
+
+def _check_run(name, path):
+  if config_lib.names_run(path) and "://" not in path and not os.path.isdir(path):
+    what = "is a file" if os.path.exists(path) else "does not exist"
+    raise errors.UserError(f"config.{name} {path} {what}; give a run's workdir or one of its checkpoints/STEP folders.")
 
 
 def _check_data(job, data, only):
@@ -48,6 +58,17 @@ def _check_data(job, data, only):
       f'no folder "{path}"; set --config.data.dir to the folder that holds the TFDS data sets, or leave it out for '
       "TFDS's own."
     )
+  elif data.source == "tfds" and data.name.partition("/")[0] in _known_data_sets():
+    folder = path or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
+    if not os.path.isdir(os.path.join(folder, data.name.partition("/")[0])):
+      command = f"tfds build {data.name}" + (f" --data_dir={path}" if path else "")
+      raise errors.UserError(f'TFDS data set "{data.name}" is not prepared in "{folder}"; prepare it with: {command}')
+
+
+def _known_data_sets():
+  """Returns TFDS names that need no look into TFDS, which knows others and says which is meant."""
+  paper = {task.location.partition("/")[0] for task in transfer_sets.TWELVE if task.source == "tfds"}
+  return {*paper, "imagenet2012", "imagenet2012_subset", "stl10"}
 
 
 def _check_images(path):

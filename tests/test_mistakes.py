@@ -51,6 +51,18 @@ MISTAKES = {
   ),
   "a checkpoint that is not there": (["knn", "--config.checkpoint=none", "--workdir=w"], "none does not exist"),
   "an empty checkpoint": (["knn", "--config.checkpoint=empty", "--workdir=w"], "empty holds no checkpoint"),
+  "a checkpoint beside a config": (
+    ["finetune", SMALL, IMAGES, HELD, "--config.checkpoint=none", "--workdir=w"],
+    "config.checkpoint .*none does not exist; give a run's workdir",
+  ),
+  "a teacher that is a file": (
+    ["distill", SMALL, IMAGES, HELD, "--config.distill.teacher=file", "--workdir=w"],
+    "config.distill.teacher .*file is a file; give a run's workdir",
+  ),
+  "a TFDS data set that is not prepared": (
+    ["pretrain", "--config=cifar10", "--config.data.dir=empty", "--workdir=w"],
+    '"cifar10" is not prepared in ".*empty"; prepare it with: tfds build cifar10 --data_dir=',
+  ),
   "no images": (["pretrain", SMALL, "--workdir=w"], "has no images; .*--config.data.dir=FOLDER"),
   "an empty folder": (["pretrain", SMALL, "--config.data.dir=empty", "--workdir=w"], "no image in folder .*empty"),
   "a missing folder": (["pretrain", SMALL, "--config.data.dir=fotos", "--workdir=w"], "no folder .*fotos.*data.dir"),
