@@ -58,12 +58,8 @@ def of_result(
   telemetry.log.info("%s: measuring baselines on %d + %d images ...", run.job, *counts)
   untrained = simclr.Representation(run.network.encoder())
   params, batch_stats = run.variables(untrained)
-
-  def encode(variables, images):
-    return untrained.apply({**variables, "params": run.gather_params(variables["params"])}, images, train=False)
-
   encoders = {baselines.ENCODER: encoder} if encoder else {}
-  encoders[baselines.RANDOM] = encode, {"params": params, "batch_stats": batch_stats}
+  encoders[baselines.RANDOM] = run.applied(untrained), {"params": params, "batch_stats": batch_stats}
   found = baselines.measure(encoders, *(run.rows(part) for part in parts), judge.top1, run.mesh)
   own = found[baselines.ENCODER] if encoder else baselines.score(*classifier)
   subject = "the encoder" if encoder else "the classifier"

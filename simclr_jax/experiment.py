@@ -82,6 +82,14 @@ class Experiment(splits.Splits):
     """The function that all-gathers sharded parameters before the network uses them."""
     return sharding.gather_params(self.mesh) if self.is_sharded else objectives.as_it_is
 
+  def applied(self, model: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns (variables, images) -> the outputs of a network in inference mode, its parameters gathered."""
+
+    def outputs(variables, images):
+      return model.apply({**variables, "params": self.gather_params(variables["params"])}, images, train=False)
+
+    return outputs
+
   @property
   def hardware(self) -> str:
     """The devices, for the log."""

@@ -27,29 +27,31 @@ class Splits:
       )
     if not data.resident:
       sources.check_tensorflow(data.source)
-    images = self._opened(data.train_split if split == parts.HELD_OUT else split)
     if data.holdout and split in (data.train_split, parts.HELD_OUT):
-      if data.source == "tfds":
-        raise errors.UserError(
-          "config.data.holdout is for folders and arrays; set data.train_split to train[:80%] and data.eval_split to "
-          "train[80%:]."
-        )
       images = self._halves[int(split == parts.HELD_OUT)]
+    else:
+      images = self._opened(split)
     return images.decoded() if data.resident else images
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019  An experiment is one run's.
   def _opened(self, split: str) -> source.Source:
     data = self.config.data
     keys = {"cache": data.cache, "max_bad_share": data.max_bad_share, "num_examples": data.examples}
     keys |= {"name": data.name, "data_dir": data.dir, "image_size": data.image_size, "seed": self.config.seed}
-    return sources.load(data.source, source.Request(split, **keys, pictures=self._pictures))
+    return sources.load(data.source, source.Request(split, **keys, pictures=self.pictures))
 
   @property
-  def _pictures(self) -> pictures.Rule:
+  def pictures(self) -> pictures.Rule:
+    """How images that are no 8-bit RGB become that."""
     return pictures.Rule(self.config.data.white, self.config.data.background)
 
   @functools.cached_property
   def _halves(self) -> tuple[source.Source, source.Source]:
+    """The training split and what is held out of it, which is read once for both."""
+    if self.config.data.source == "tfds":
+      raise errors.UserError(
+        "config.data.holdout is for folders and arrays; set data.train_split to train[:80%] and data.eval_split to "
+        "train[80%:]."
+      )
     return self.divided(self._opened(self.config.data.train_split))
 
   def divided(self, images: source.Source) -> tuple[source.Source, source.Source]:

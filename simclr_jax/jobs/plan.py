@@ -137,16 +137,15 @@ def make(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:
   # Traced before it is compiled, since a wrong value in the config is found there.
   step_fn = this.step(this.contrastive(model, this.prepare_pairs), optimizer)
   traced = inputs.jit_step(step_fn, this.mesh, state).trace(state, batch)
-  is_here = not topology and devices[0].platform == "cpu"
-  memory, exchanged, needed, measured = _compiled(
-    traced, state, batch, devices[0].platform, this.mesh.size, is_timed=is_here
-  )
+  memory, exchanged, needed, compiled = _compiled(traced, state, batch, devices[0].platform, this.mesh.size)
+  compile_seconds = round(time.monotonic() - begin, 1)
   if memory is not None and config.data.resident:
     # As they are stored; of a data set that is not here, as the network sees them.
     memory["resident images"] = examples * (3 * config.data.image_size**2 + 4)
     needed += memory["resident images"]
   forward = this.network.forward_flops(model, state)
   flops = this.network.step_flops(forward)
+  is_here = not topology and devices[0].platform == "cpu"
   return Plan(
     batch_size=config.batch_size,
     micro_batches=config.micro_batches,
@@ -160,17 +159,17 @@ def make(config: ml_collections.ConfigDict, topology: str, count: int) -> Plan:
     step_seconds_at_peak=flops / (this.mesh.size * chip.flops / devices_per_chip) if chip else None,
     exchanged=exchanged,
     steps=optimizer.total_steps,
-    compile_seconds=round(time.monotonic() - begin - 3 * (measured or 0), 1),
-    step_seconds_measured=measured,
+    compile_seconds=compile_seconds,
+    step_seconds_measured=_seconds(compiled, state, batch) if is_here and compiled else None,
   )
 
 
 def _compiled(
-  traced: Any, state: state_lib.TrainState, batch: Any, platform: str, devices: int, *, is_timed: bool
-) -> tuple[dict[str, int] | None, list[dict[str, Any]], int, float | None]:
-  """Returns memory by kind (None where the step does not fit), what the devices exchange, and the bytes needed.
+  traced: Any, state: state_lib.TrainState, batch: Any, platform: str, devices: int
+) -> tuple[dict[str, int] | None, list[dict[str, Any]], int, Any]:
+  """Returns memory by kind, what the devices exchange, the bytes needed, and the compiled step.
 
-  Also the seconds of a step, the mean of two, if `is_timed`.
+  The first and the last are None where the step does not fit.
   """
   lowered = traced.lower(lowering_platforms=(platform,))
   try:
@@ -184,8 +183,7 @@ def _compiled(
       needed += cost.bytes_per_device((state, batch))
     return None, [], needed, None
   memory = _memory_of(compiled.memory_analysis(), state, batch)
-  seconds = _seconds(compiled, state, batch) if is_timed else None
-  return memory, _exchanged(cost.collectives(compiled.as_text(), devices)), sum(memory.values()), seconds
+  return memory, _exchanged(cost.collectives(compiled.as_text(), devices)), sum(memory.values()), compiled
 
 
 def _seconds(step, state, batch):

@@ -30,7 +30,7 @@ from etils import epath
 
 from simclr_jax import config as config_lib
 from simclr_jax import errors, experiment, figures, files, inference, progress
-from simclr_jax.data import inputs, pictures, source, sources
+from simclr_jax.data import inputs, source, sources
 from simclr_jax.data import parts as splits
 from simclr_jax.evaluation import confusion, features
 from simclr_jax.training import checkpoint, telemetry
@@ -171,8 +171,7 @@ class _Files:
     return label
 
   def _opened(self, paths):
-    data = self._this.config.data
-    return self._open(self._root, paths, self._names, pictures.Rule(data.white, data.background))
+    return self._open(self._root, paths, self._names, self._this.pictures)
 
   def shown(self, names: Sequence[str], rows: np.ndarray) -> list[np.ndarray]:
     return _pixels(self.rows(self._opened(names)[0], shared=False)) if names else []

@@ -148,11 +148,7 @@ def _compared(this: experiment.Experiment, state: state_lib.TrainState) -> dict[
   """Returns what the encoder is worth beside baselines, by nearest neighbours; see `comparison.of_result`."""
   keys = this.config.monitor
   judge = comparison.neighbours_judge(this, this.classes, keys.knn_neighbours, monitor.KNN_TEMPERATURE)
-  model = simclr.Representation(this.network.encoder())
-
-  def encode(variables, images):
-    return model.apply({**variables, "params": this.gather_params(variables["params"])}, images, train=False)
-
+  encode = this.applied(simclr.Representation(this.network.encoder()))
   own = {kind: {k: v for k, v in tree.items() if k == "encoder"} for kind, tree in state.variables.items()}
   return comparison.of_result(this, this.train, this.held_out, judge, encoder=(encode, own))
 

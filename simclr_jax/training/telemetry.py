@@ -195,7 +195,8 @@ class Telemetry:
     self._show({f"train/{name}": value for name, value in last.items()})
 
   def _show(self, metrics):
-    text = lambda name, value: f"{value:.0%}" if name.endswith(("_share", "/mfu")) else f"{value:.3g}"
+    number = lambda value: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    text = lambda name, value: f"{value:.0%}" if name.endswith(("_share", "/mfu")) else number(value)
     new = {label: text(name, metrics[name]) for name, label in self._shown.items() if name in metrics}
     if new:
       self._numbers |= new
